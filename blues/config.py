@@ -140,9 +140,7 @@ def load(cls: type[ConfigT], tree: Mapping[str, Any], path: str = "") -> ConfigT
     required = [
         name
         for name, field in fields.items()
-        if name not in built
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if required:
         raise ConfigError(f"missing value for {_join(path, required[0])!r}")
@@ -154,8 +152,8 @@ def load(cls: type[ConfigT], tree: Mapping[str, Any], path: str = "") -> ConfigT
 
 
 def to_yaml(config: Config) -> str:
-    """The fully resolved tree as YAML."""
-    return yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
+    """The fully resolved tree as YAML (non-ASCII text escaped: unescaped, PyYAML loses the line separator U+0085)."""
+    return yaml.safe_dump(dump(config), sort_keys=False)
 
 
 def from_yaml(cls: type[ConfigT], text: str, where: str = "configuration") -> ConfigT:
