@@ -1,0 +1,273 @@
+"""The command line: `blues COMMAND ...`.
+
+In: the words a person typed. Out: an exit status, with everything else done by the job of that name.
+
+A command is a module of `jobs/` with a docstring (what it does, and an example), `add_arguments(parser)` and
+`run(args) -> int`; a new file there is a new command. Two commands live here because they describe Blues itself:
+`variants` and `completion`. Neither this module nor a job imports torch, Ray or MLflow before a job runs, so that help
+and completion answer at once.
+
+Exit statuses: what the job returns (0 is success); 2 for anything the person can mend (`BluesError`, wrong usage);
+130 for Ctrl-C. `--debug` shows the traceback behind a sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NoReturn
+
+from blues import __version__
+from blues.config import FAMILIES, Configurable, fields_of, nearest
+from blues.errors import BluesError, ConfigError
+
+JOURNEY = ("prepare", "merge", "verify", "train", "sweep", "generate", "evaluate", "export", "ui", "submit", "demo")
+"""The order in which help lists the jobs: the order in which data travels."""
+
+FORWARDED = "job_arguments"
+"""A job that hands unknown options on (`submit`) declares `parser.set_defaults(job_arguments=())`."""
+
+_ABOUT = "Blues: experiments with a Mixture-of-Experts language model, on a laptop or on a Ray cluster."
+_EXAMPLES = """\
+examples:
+  blues demo                                       the whole journey on real data, in minutes
+  blues prepare --dataset notes.csv --data-cache-dir data/notes
+  blues train tiny --data-cache-dir data/notes --run-dir runs/notes
+  blues generate --checkpoint runs/notes --prompt "Once upon"
+  blues COMMAND --help                             every option with its default, and an example
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: `description` (its first line is the summary), how it declares arguments, how it runs."""
+
+    name: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+    @property
+    def summary(self) -> str:
+        return self.description.strip().partition("\n")[0]
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples' line breaks and appends the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        silent = action.default in (None, False, "", argparse.SUPPRESS) or action.default in ([], ())
+        if silent or "default" in text or not action.option_strings and action.nargs not in ("?", "*"):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that accepts options and `key=value` words in any order and names the nearest option."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nSee: {self.prog} --help\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`, or leave what is unknown in `job_arguments` if the job declared it."""
+        if self.get_default(FORWARDED) is not None:
+            own, separator, rest = _partition(list(argv), "--")
+            args, unknown = self.parse_known_args(own)
+            setattr(args, FORWARDED, [*unknown, *rest])
+            return args
+        args, unknown = self.parse_known_intermixed_args(list(argv))
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            word = unknown[0]
+            hint = nearest(word.partition("=")[0], options) if word.startswith("-") else ""
+            self.error(f"unknown argument {word!r}.{hint if 'Did you mean' in hint else ''}")
+        return args
+
+
+def _partition(words: list[str], separator: str) -> tuple[list[str], bool, list[str]]:
+    if separator not in words:
+        return words, False, []
+    at = words.index(separator)
+    return words[:at], True, words[at + 1 :]
+
+
+def command_names() -> list[str]:
+    """The names of every command: the jobs in the order of the journey, then the commands about Blues itself."""
+    jobs = [module.name for module in pkgutil.iter_modules(import_module("jobs").__path__)]
+    ordered = [name for name in JOURNEY if name in jobs] + sorted(name for name in jobs if name not in JOURNEY)
+    return [*ordered, *_BUILT_IN]
+
+
+def command(name: str) -> Command:
+    """The command of this name.
+
+    Raises:
+        ConfigError: no such command; names the nearest.
+    """
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    names = command_names()
+    if name not in names:
+        raise ConfigError(f"unknown command {name!r}.{nearest(name, names)}")
+    module = import_module(f"jobs.{name}")
+    return Command(name=name, description=module.__doc__ or "", add_arguments=module.add_arguments, run=module.run)
+
+
+def job_parser(name: str) -> Parser:
+    """The parser of one command, as `blues NAME` uses it."""
+    chosen = command(name)
+    parser = Parser(prog=f"blues {name}", description=chosen.description)
+    _fill(parser, chosen)
+    return parser
+
+
+def full_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line with every command's options: what help and completion read."""
+    parser = Parser(prog="blues", description=_ABOUT, epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"blues {__version__}")
+    _add_debug(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name in command_names():
+        chosen = command(name)
+        summary = chosen.summary.replace("%", "%%")  # argparse formats help texts
+        _fill(commands.add_parser(name, help=summary, description=chosen.description), chosen)
+    return parser
+
+
+def _fill(parser: argparse.ArgumentParser, chosen: Command) -> None:
+    chosen.add_arguments(parser)
+    _add_debug(parser)
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback behind an error")
+
+
+def run_job(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command with these words (the process's own if None) and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        args = job_parser(name).parse(words)
+        return command(name).run(args)
+    except BluesError as error:
+        return _fail(name, str(error), debug)
+    except KeyboardInterrupt:
+        print(f"\nblues {name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (`| head`) went away: nothing is left to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        where = f" {error.filename!r}" if error.filename else ""
+        return _fail(
+            name, f"cannot write or read{where}: {error.strerror}; check its permissions and free space", debug
+        )
+
+
+def _fail(name: str, sentence: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"blues {name}: {sentence}" if name else f"blues: {sentence}", file=sys.stderr)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command `blues`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    position = next((index for index, word in enumerate(words) if not word.startswith("-")), None)
+    if position is None:  # only options: --help, --version, or nothing at all
+        parser = full_parser()
+        parser.parse_args(words)
+        parser.print_help()
+        return 2
+    name = words.pop(position)
+    if name not in command_names():
+        return _fail("", f"unknown command {name!r}.{nearest(name, command_names())}", debug=False)
+    return run_job(name, words)
+
+
+def describe_variants(families: Sequence[str]) -> Iterator[str]:
+    """Lines that list the members of these families (all if none is named): summary, fields and their defaults.
+
+    Raises:
+        ConfigError: a family that does not exist; names the nearest.
+    """
+    import_module("blues.experiment")  # the whole tree, and with it every registered class
+    for family in families:
+        if family not in FAMILIES:
+            raise ConfigError(f"unknown family {family!r}.{nearest(family, FAMILIES)}")
+    for family in sorted(families or FAMILIES):
+        yield f"{family}: {_first_line(FAMILIES[family])}"
+        for name, member in sorted(FAMILIES[family].variants.items()):
+            yield f"  {name:<18} {_first_line(member)}"
+            for field in fields_of(member.Config).values():
+                default = field.default_factory() if callable(field.default_factory) else field.default
+                yield f"    {field.name} = {'(required)' if default is field.default_factory else default!r}"
+        yield ""
+
+
+def _first_line(cls: type[Configurable]) -> str:
+    return (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
+
+
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("family", nargs="*", help="show only these families (default: all)")
+
+
+def _run_variants(args: argparse.Namespace) -> int:
+    print("\n".join(describe_variants(args.family)))
+    return 0
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell to complete in")
+
+
+def _run_completion(args: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(full_parser(), shell=args.shell))
+    return 0
+
+
+_BUILT_IN = {
+    "variants": Command(
+        name="variants",
+        description="""List every variant that an experiment can choose, with its settings and their defaults.
+
+example:
+  blues variants router        the routers; choose one with model.moe.router=NAME
+""",
+        add_arguments=_add_variants,
+        run=_run_variants,
+    ),
+    "completion": Command(
+        name="completion",
+        description="""Print the script that completes `blues` commands and options in a shell.
+
+example:
+  blues completion bash >> ~/.bash_completion
+  blues completion zsh > "${fpath[1]}/_blues"
+""",
+        add_arguments=_add_completion,
+        run=_run_completion,
+    ),
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
