@@ -1,0 +1,101 @@
+"""The keys and values of tokens already read, so that decoding a token costs one token.
+
+In: each layer's new `k_BTHD, v_BTHD`, keys before any rotation. Out: all keys and values so far, `k_BSHD, v_BSHD`.
+
+Keys are stored unrotated and rotated on read: a RoPE that changes with the length (dynamic NTK), eviction and
+quantization all need that, and rotating one KV head is cheap. Slot j of a row holds that row's token at position j,
+so rows of different length need no left padding: a row's shorter prompt is padded on the right, the causal rule
+(key position <= query position) hides the padding, and the row's next tokens overwrite it.
+
+Legend: B rows, T new tokens, S tokens held (the longest row), H KV heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """A preallocated key-value cache that grows by doubling; implements `blues.model.attention.layer.KVCache`.
+
+    `update` may be called once per layer for the same new tokens; `advance` then says how many of them are real.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        rows: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`capacity`: tokens per row to make room for at once; more are accepted and make the cache grow."""
+        shape = (num_layers, rows, max(capacity, 1), num_kv_heads, head_dim)
+        self.k_LBSHD = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LBSHD = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = [0] * rows
+        """Tokens held per row."""
+
+    @property
+    def length(self) -> int:
+        """Tokens held by the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit before the cache grows."""
+        return self.k_LBSHD.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory taken by the preallocated tensors."""
+        return 2 * self.k_LBSHD.numel() * self.k_LBSHD.element_size()
+
+    def positions(self, new: int) -> Tensor:
+        """`positions_BT` (int64) that the next `new` tokens of every row take: its length onwards."""
+        start_B1 = torch.tensor(self.lengths, device=self.k_LBSHD.device)[:, None]
+        return start_B1 + torch.arange(new, device=self.k_LBSHD.device)
+
+    def update(self, layer: int, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys (unrotated) and values after each row's tokens; return all of that layer.
+
+        Returns `k_BSHD, v_BSHD` with S = `length` + T. In a row shorter than the longest, slots beyond its own
+        tokens hold padding, which the causal rule on positions must hide.
+        """
+        new = k_BTHD.shape[1]
+        end = self.length + new
+        self.reserve(end)
+        if len(set(self.lengths)) == 1:
+            self.k_LBSHD[layer, :, end - new : end] = k_BTHD
+            self.v_LBSHD[layer, :, end - new : end] = v_BTHD
+        else:
+            slots_BT = self.positions(new)
+            rows_B1 = torch.arange(len(self.lengths), device=slots_BT.device)[:, None]
+            self.k_LBSHD[layer, rows_B1, slots_BT] = k_BTHD.to(self.k_LBSHD.dtype)
+            self.v_LBSHD[layer, rows_B1, slots_BT] = v_BTHD.to(self.v_LBSHD.dtype)
+        return self.k_LBSHD[layer, :, :end], self.v_LBSHD[layer, :, :end]
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """After a forward pass: `counts[b]` of the tokens just stored in row b are real, the rest was padding."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` per row, at least doubling, so that growth costs O(1) per token."""
+        if tokens <= self.capacity:
+            return
+        grown = max(tokens, 2 * self.capacity) - self.capacity
+        pad = (0, 0, 0, 0, 0, grown)  # from the last dimension: D, H, then S at its end
+        self.k_LBSHD = torch.nn.functional.pad(self.k_LBSHD, pad)
+        self.v_LBSHD = torch.nn.functional.pad(self.v_LBSHD, pad)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order: finished rows leave the batch."""
+        index = torch.tensor(list(rows), device=self.k_LBSHD.device)
+        self.k_LBSHD, self.v_LBSHD = self.k_LBSHD[:, index], self.v_LBSHD[:, index]
+        self.lengths = [self.lengths[row] for row in rows]
