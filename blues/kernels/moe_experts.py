@@ -1,0 +1,167 @@
+"""The experts of a mixture: each token through the k SwiGLU experts it was routed to, weighted and summed. Dropless.
+
+In: tokens, the experts chosen for each, their weights, and all experts' matrices stacked. Out: one vector a token,
+y_t = sum_k weights_tk * down_e(silu(gate_e x_t) * up_e x_t) with e = ids_tk.
+
+Every implementation has the signature `(x_TD, ids_TK, weights_TK, gate_up_EGD, down_EDF) -> y_TD`; gate_up holds an
+expert's gate in its first F rows and its up projection in the last F. No expert has a capacity and no token is dropped
+(MegaBlocks, arXiv 2211.15841). Experts without a token get a gradient of zeros.
+
+Legend: T tokens, K experts per token, N = T*K pairs, D width, E experts, F expert width, G = 2F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blues.errors import ConfigError
+from blues.kernels.precision import at_least_float32, matmul_dtype
+
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def swiglu(gate_up_NG: Tensor) -> Tensor:
+    """silu(first half) * second half of the last dimension (arXiv 2002.05202)."""
+    gate_NF, up_NF = gate_up_NG.chunk(2, dim=-1)
+    return F.silu(gate_NF) * up_NF
+
+
+def experts_naive(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Every expert on every token, weighted by 0 where it was not chosen: the reference."""
+    y_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
+    for expert, (gate_up_GD, down_DF) in enumerate(zip(gate_up_EGD, down_EDF, strict=True)):
+        weight_T = (weights_TK * (ids_TK == expert)).sum(dim=-1)
+        y_TD = y_TD + weight_T[:, None] * F.linear(swiglu(F.linear(x_TD, gate_up_GD)), down_DF)
+    return y_TD.to(matmul_dtype(x_TD))
+
+
+def experts_sorted(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Sort the token-expert pairs by expert, then one product per expert over its rows. Any device and dtype.
+
+    The sizes of the groups are read by the host: on an accelerator this waits for it once a layer.
+    """
+    order = sort_by_expert(ids_TK, gate_up_EGD.shape[0])
+    x_ND = gather_tokens(x_TD, order)
+    counts = order.counts_E.tolist()
+    # unbind, unlike indexing, gives the stacked matrices one gradient instead of one full-size gradient per expert.
+    y_ND = torch.cat(
+        [
+            F.linear(swiglu(F.linear(x_nD, gate_up_GD)), down_DF)
+            for x_nD, gate_up_GD, down_DF in zip(
+                x_ND.split(counts), gate_up_EGD.unbind(), down_EDF.unbind(), strict=True
+            )
+        ]
+    )
+    return combine(y_ND, order, weights_TK)
+
+
+def experts_grouped_mm(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Sort by expert, then two grouped products over all experts. The host never waits; compiles without a break."""
+    order = sort_by_expert(ids_TK, gate_up_EGD.shape[0])
+    offsets_E = order.counts_E.cumsum(0, dtype=torch.int32)
+    dtype = matmul_dtype(x_TD)  # autocast does not reach grouped_mm
+    x_ND = gather_tokens(x_TD.to(dtype), order)
+    hidden_NF = swiglu(F.grouped_mm(x_ND, gate_up_EGD.to(dtype).transpose(1, 2), offs=offsets_E))
+    y_ND = F.grouped_mm(hidden_NF, down_EDF.to(dtype).transpose(1, 2), offs=offsets_E)
+    return combine(y_ND, order, weights_TK)
+
+
+EXPERTS: dict[str, Experts] = {
+    "naive": experts_naive,
+    "sorted": experts_sorted,
+    "grouped_mm": experts_grouped_mm,
+}
+"""Implementations by the name of `MoE.Config.dispatch`."""
+
+
+class Order(NamedTuple):
+    """The N = T*K token-expert pairs sorted by expert; pairs of one expert keep the order of their tokens."""
+
+    pairs_N: Tensor
+    """Sorted place -> pair t*K + k."""
+    places_N: Tensor
+    """Pair -> sorted place: the inverse permutation."""
+    counts_E: Tensor
+    """Pairs of each expert (int64)."""
+    top_k: int
+
+
+def sort_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
+    """Sort the pairs of `ids_TK` by expert, stably. Runs on the device without a wait."""
+    ids_N = ids_TK.reshape(-1)
+    pairs_N = ids_N.argsort(stable=True)
+    places_N = torch.empty_like(pairs_N).scatter_(0, pairs_N, torch.arange(len(ids_N), device=ids_N.device))
+    return Order(pairs_N, places_N, count_per_expert(ids_TK, num_experts), ids_TK.shape[1])
+
+
+def count_per_expert(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """`counts_E` (int64): how many tokens chose each expert. Unlike bincount, no wait and no atomics on CUDA."""
+    experts_E = torch.arange(num_experts, device=ids_TK.device)
+    return (ids_TK.reshape(-1, 1) == experts_E).sum(dim=0)
+
+
+def gather_tokens(x_TD: Tensor, order: Order) -> Tensor:
+    """`x_ND`: each pair's token in the order of the experts."""
+    return _GatherTokens.apply(x_TD, order.pairs_N, order.places_N, order.top_k)
+
+
+def combine(y_ND: Tensor, order: Order, weights_TK: Tensor) -> Tensor:
+    """`y_TD`: each token's weighted sum of its experts' outputs, added in float32 or better."""
+    y_TKD = _Permute.apply(y_ND, order.places_N, order.pairs_N).unflatten(0, (-1, order.top_k))
+    return (at_least_float32(y_TKD) * weights_TK[..., None]).sum(dim=1).to(y_ND.dtype)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Rows x[pair // K]; the gradient gathers too and sums a token's K rows, instead of adding rows by index
+    (slow on the CPU, in an order that varies on CUDA)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, pairs_N: Tensor, places_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(places_N)
+        ctx.top_k = top_k
+        return x_TD.index_select(0, pairs_N // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        (places_N,) = ctx.saved_tensors
+        return grad_ND.index_select(0, places_N).unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows y[index]; `inverse` is the inverse permutation, by which the gradient gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, index_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        return y_ND.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        return grad_ND.index_select(0, inverse_N), None, None
+
+
+def resolve(dispatch: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `dispatch` names; "auto" is grouped_mm on CUDA in bfloat16, else sorted.
+
+    Raises:
+        ConfigError: `grouped_mm` was asked for by name where torch has no fast kernel for it.
+    """
+    fast = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+    if dispatch == "auto":
+        return "grouped_mm" if fast else "sorted"
+    if dispatch == "grouped_mm" and device.type == "cuda" and not fast:
+        raise ConfigError(
+            f"moe.dispatch: grouped_mm on CUDA needs bfloat16 and compute capability 8.0, got {dtype} on {device}; "
+            "set moe.dispatch=sorted or training.precision=bf16"
+        )
+    if dispatch == "grouped_mm" and dtype == torch.float64:
+        raise ConfigError("moe.dispatch: grouped_mm has no float64; set moe.dispatch=sorted")
+    return dispatch

@@ -1,0 +1,47 @@
+"""The experts' weights, stacked, and the choice of the kernel that applies them.
+
+In: tokens with their routing. Out: each token's weighted sum of its experts.
+
+Legend: T tokens, K experts per token, D width, E experts, F expert width, G = 2F.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from blues.kernels.moe_experts import EXPERTS, resolve
+from blues.kernels.precision import matmul_dtype
+from blues.model.moe.routers import Routing
+
+Dispatch = Literal["auto", "naive", "sorted", "grouped_mm"]
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts in two parameters, so that an expert without a token still has a gradient (of zeros) and every
+    rank of a data-parallel run reduces the same tensors."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        dispatch: Dispatch,
+        std: float,
+        output_std: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.dispatch = dispatch
+        self.gate_up_EGD = nn.Parameter(torch.empty(num_experts, 2 * ffn_dim, dim))
+        self.down_EDF = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))
+        nn.init.normal_(self.gate_up_EGD, std=std, generator=generator)
+        nn.init.normal_(self.down_EDF, std=output_std, generator=generator)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """(T, D) -> (T, D)."""
+        experts = EXPERTS[resolve(self.dispatch, x_TD.device, matmul_dtype(x_TD))]
+        return experts(x_TD, routing.ids_TK, routing.weights_TK, self.gate_up_EGD, self.down_EDF)

@@ -1,0 +1,217 @@
+"""The Blues transformer: a decoder-only language model with a mixture of experts in every n-th layer.
+
+In: token ids. Out: logits, or (given targets) losses without ever holding all logits; and the routing of every mixture
+layer, for metrics.
+
+    embedding -> num_layers x Block(attention, feed-forward or mixture) -> norm -> head (tied to the embedding)
+
+Parameters (names of `state_dict`): embedding.weight (V, D); blocks.N.attention_norm.weight (D);
+blocks.N.attention.{qkv, output, query_norm, key_norm}.weight; blocks.N.feed_forward_norm.weight (D);
+blocks.N.feed_forward.{gate_up, down}.weight in dense layers, blocks.N.feed_forward.router.{weight, noise_weight} (E, D)
+and blocks.N.feed_forward.experts.{gate_up_EGD, down_EDF} in mixtures; norm.weight (D); head.weight (V, D) if untied.
+
+Legend: B batch, T time, D width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from blues import config as cfg
+from blues.errors import ConfigError
+from blues.kernels import attention as attention_kernels
+from blues.kernels import moe_experts
+from blues.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from blues.kernels.precision import at_least_float32
+from blues.model.attention import backends
+from blues.model.attention.layer import Attention, KVCache, make_view
+from blues.model.attention.patterns import AttentionPattern
+from blues.model.block import Block
+from blues.model.layers import Linear, RMSNorm
+from blues.model.losses import Losses, combine_losses
+from blues.model.moe.layer import MoE
+from blues.model.moe.routers import Routing
+from blues.model.rope import RotaryEmbedding
+
+
+class ModelOutput(NamedTuple):
+    """What a forward returns. A NamedTuple, because DeepSpeed and DDP look for tensors inside tuples."""
+
+    logits_BTV: Tensor | None
+    """float32 (or better); None when targets were given."""
+    losses: Losses | None
+    """None without targets."""
+    routing: tuple[Routing, ...]
+    """One for each mixture layer, in order; its tokens are batch and time flattened."""
+
+
+class Transformer(nn.Module, cfg.Configurable):
+    """See the module's docstring. `config.build(seed=0)` draws the weights from the seed alone."""
+
+    @cfg.configclass
+    class Config(cfg.Config):
+        vocab_size: int = 200_064
+        dim: int = 768
+        num_layers: int = 12
+        max_seq_len: int = 2048
+        attention: Attention.Config = Attention.Config()
+        ffn_dim: int = 2048
+        moe: MoE.Config | None = MoE.Config()
+        norm_eps: float = 1e-6
+        tie_embeddings: bool = True
+        init_std: float = 0.02
+        gradient_checkpointing: bool = False
+        cross_entropy: Literal["auto", "naive", "chunked"] = "auto"
+
+        def __post_init__(self) -> None:
+            for name in ("vocab_size", "dim", "num_layers", "max_seq_len", "ffn_dim"):
+                if getattr(self, name) < 1:
+                    raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+            for name in ("norm_eps", "init_std"):
+                if getattr(self, name) <= 0:
+                    raise ConfigError(f"{name}: must be positive, got {getattr(self, name)}")
+
+    config: Config
+
+    def __init__(self, config: Config, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+        std = config.init_std
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
+        nn.init.normal_(self.embedding.weight, std=std, generator=generator)
+        self.blocks = nn.ModuleList(
+            Block(
+                layer=layer,
+                dim=config.dim,
+                attention=config.attention,
+                ffn_dim=config.ffn_dim,
+                moe=config.moe if is_mixture(config, layer) else None,
+                norm_eps=config.norm_eps,
+                std=std,
+                # 2 * num_layers additions to the residual stream: its variance stays independent of depth (GPT-2).
+                output_std=std / math.sqrt(2 * config.num_layers),
+                generator=generator,
+            )
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = Linear(config.dim, config.vocab_size, std=std, generator=generator)
+        self.rope: RotaryEmbedding = config.attention.rope.build(head_dim=config.attention.head_dim)
+        self.pattern: AttentionPattern = config.attention.pattern.build()
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        num_logits: int | None = None,
+    ) -> ModelOutput:
+        """Read tokens.
+
+        Args:
+            tokens_BT: ids (int64).
+            targets_BT: the id that follows each token, or -100 for no loss. With targets the output holds losses and
+                no logits.
+            cache: earlier keys and values; this forward adds its own.
+            positions: `positions_BT` of the tokens, by default counting on from `cache.length` (from 0 without one).
+                With a cache, the key of slot j is at position j.
+            num_logits: logits of the last `num_logits` tokens only (1 is enough to go on from a prompt).
+        """
+        x_BTD, routing = self.hidden(tokens_BT, cache=cache, positions=positions)
+        weight_VD = self.embedding.weight if self.head is None else self.head.weight
+        if targets_BT is None:
+            if num_logits is not None:
+                x_BTD = x_BTD[:, x_BTD.shape[1] - num_logits :]
+            return ModelOutput(at_least_float32(F.linear(x_BTD, weight_VD)), None, routing)
+        linear_cross_entropy = LINEAR_CROSS_ENTROPY[self.backends(tokens_BT.device, x_BTD.dtype)["cross_entropy"]]
+        cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        moe = self.config.moe
+        losses = combine_losses(
+            cross_entropy,
+            routing,
+            load_balancing_weight=moe.load_balancing_weight if moe else 0.0,
+            router_z_weight=moe.router_z_weight if moe else 0.0,
+        )
+        return ModelOutput(None, losses, routing)
+
+    def hidden(
+        self, tokens_BT: Tensor, *, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """`x_BTD` after the final norm, and the routing of every mixture layer. Arguments as in `forward`."""
+        view = make_view(
+            self.rope,
+            self.pattern,
+            length=tokens_BT.shape[1],
+            device=tokens_BT.device,
+            past=None if cache is None else cache.length,
+            positions_BT=positions,
+        )
+        x_BTD = self.embedding(tokens_BT)
+        routings: list[Routing] = []
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                # Restores the random state for the second run, so the routers draw the same noise again.
+                x_BTD, routing = checkpoint(block, x_BTD, view, cache, use_reentrant=False, preserve_rng_state=True)
+            else:
+                x_BTD, routing = block(x_BTD, view, cache)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x_BTD), tuple(routings)
+
+    def backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """The implementation of each operation for activations of `dtype` on `device`, to be logged with a run.
+
+        Raises:
+            ConfigError: one that was asked for by name cannot run there.
+        """
+        config = self.config
+        chosen = {
+            "attention": backends.resolve(config.attention.backend),
+            "cross_entropy": "chunked" if config.cross_entropy == "auto" else config.cross_entropy,
+        }
+        attention_kernels.assert_supported(chosen["attention"], device, dtype, config.attention.head_dim)
+        if config.moe is not None:
+            chosen["experts"] = moe_experts.resolve(config.moe.dispatch, device, dtype)
+        return chosen
+
+    def num_parameters(self) -> int:
+        """All parameters; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: all but the experts it is not routed to."""
+        config = self.config
+        if config.moe is None:
+            return self.num_parameters()
+        idle = config.moe.num_experts - config.moe.top_k
+        mixtures = sum(is_mixture(config, layer) for layer in range(config.num_layers))
+        return self.num_parameters() - mixtures * idle * 3 * config.dim * config.moe.ffn_dim
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of training (forward and backward) per token, as in PaLM (arXiv 2204.02311, app. B).
+
+        6 for each active parameter in a matrix product (the head counts, looking up an embedding does not), and
+        attention's scores and mixing, halved because the causal half is never computed. Recomputation by gradient
+        checkpointing is not counted.
+        """
+        config = self.config
+        lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
+        attention = 6 * config.num_layers * config.attention.num_heads * config.attention.head_dim * seq_len
+        return 6 * (self.num_active_parameters() - lookup) + attention
+
+
+def is_mixture(config: Transformer.Config, layer: int) -> bool:
+    """Whether `layer` (from 0) is a mixture of experts."""
+    return config.moe is not None and (layer + 1) % config.moe.every == 0
