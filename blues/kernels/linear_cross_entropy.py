@@ -70,14 +70,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             logits_cV = F.linear(x_cD, weight_VD).to(wide)
             kept_c1 = (targets_c != IGNORED)[:, None]
             targets_c1 = targets_c.clamp(min=0)[:, None]
-            lse_c1 = logits_cV.logsumexp(dim=-1, keepdim=True)
-            loss += ((lse_c1 - logits_cV.gather(1, targets_c1)) * kept_c1).sum()
+            # In place from here on: the logits turn into exponentials, then into their own gradient.
+            logits_cV -= logits_cV.amax(dim=-1, keepdim=True)
+            target_logits_c1 = logits_cV.gather(1, targets_c1)
+            sums_c1 = logits_cV.exp_().sum(dim=-1, keepdim=True)
+            loss += ((sums_c1.log() - target_logits_c1) * kept_c1).sum()
             if needs_gradient:
-                # d loss / d logits = (softmax - one_hot) / count, and 0 for ignored tokens; in place, the logits go.
+                # d loss / d logits = (softmax - one_hot) / count, and 0 for ignored tokens.
                 scale_c1 = kept_c1 / count.to(wide)
-                grad_cV = logits_cV.sub_(lse_c1).exp_().mul_(scale_c1)
-                grad_cV.scatter_add_(1, targets_c1, -scale_c1)
-                grad_cV = grad_cV.to(x_TD.dtype)
+                logits_cV *= scale_c1 / sums_c1
+                grad_cV = logits_cV.scatter_add_(1, targets_c1, -scale_c1).to(x_TD.dtype)
                 torch.mm(grad_cV, weight_VD, out=grad_x_TD[piece])
                 _accumulate(grad_weight_VD, grad_cV, x_cD)
         if needs_gradient:

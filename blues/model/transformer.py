@@ -200,7 +200,7 @@ class Transformer(nn.Module, cfg.Configurable):
         return self.num_parameters() - mixtures * idle * 3 * config.dim * config.moe.ffn_dim
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of training (forward and backward) per token, as in PaLM (arXiv 2204.02311, app. B).
+        """Floating-point operations of training per token, forward and backward (PaLM, arXiv 2204.02311, app. B).
 
         6 for each active parameter in a matrix product (the head counts, looking up an embedding does not), and
         attention's scores and mixing, halved because the causal half is never computed. Recomputation by gradient
