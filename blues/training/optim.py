@@ -86,7 +86,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     training without it. A tied output head is the embedding and goes with it.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (free if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)

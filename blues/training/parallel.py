@@ -6,16 +6,51 @@ Out: `Ranks` (who am I, on which device), the arithmetic type, and DeepSpeed's c
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
 
 from blues import config as cfg
 from blues.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
+REDUCE_BUCKET = 100_000_000
+"""Elements that ZeRO reduces at once; DeepSpeed's default of 5e8 takes 2 GB of buffer for any model."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This worker among the others. `control` is a CPU process group for decisions, apart from the gradients."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def any(self, flag: bool) -> bool:
+        """True on every worker if `flag` is true on any. All workers call it equally often."""
+        agreed = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(agreed.item())
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value` on every worker (small plain values)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        dist.barrier(group=self.control)
 
 
 class Parallel(cfg.Configurable):
-    """One worker's share of the machine."""
+    """One worker's place: its device, its threads, its process group."""
 
     @cfg.configclass
     class Config(cfg.Config):
@@ -43,3 +78,97 @@ class Parallel(cfg.Configurable):
 
     def __init__(self, config: Parallel.Config) -> None:
         self.config = config
+
+    def device(self) -> torch.device:
+        """This worker's device.
+
+        Raises:
+            ConfigError: CUDA was asked for and this machine has none, or fewer devices than workers.
+        """
+        wanted = self.config.device
+        if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+            return torch.device("cpu")
+        local_rank, available = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= available:
+            raise ConfigError(
+                f"training.parallel.device is {wanted!r} but worker {local_rank} of this machine finds {available} "
+                "CUDA devices; use training.parallel.device=cpu or fewer training.parallel.num_workers"
+            )
+        return torch.device("cuda", local_rank)
+
+    @contextmanager
+    def join(self) -> Iterator[Ranks]:
+        """Join the launcher's process group, or make one of a single process; leave what was made here.
+
+        Raises:
+            ConfigError: the group has another size than `num_workers`, or there is no such device.
+        """
+        device = self.device()
+        os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed looks at it when it is first imported
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if device.type == "cpu":
+            torch.set_num_threads(self.config.cpus_per_worker)
+        else:
+            torch.cuda.set_device(device)
+        made = not dist.is_initialized()
+        if made:
+            dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            if world_size != self.config.num_workers:
+                raise ConfigError(
+                    f"training.parallel.num_workers is {self.config.num_workers} but {world_size} processes run"
+                )
+            yield Ranks(rank, world_size, device, dist.new_group(backend="gloo"))
+        finally:
+            if made:
+                dist.destroy_process_group()
+
+
+def backend_for(device: torch.device) -> str:
+    """The collective library for gradients on `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def arithmetic(precision: Precision, zero_stage: int, device: torch.device) -> torch.dtype:
+    """The type weights are computed in; master weights and optimizer state are always float32.
+
+    Raises:
+        ConfigError: bf16 with zero_stage 0, where DeepSpeed keeps no float32 gradients.
+    """
+    if precision == "fp32":
+        return torch.float32
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto" and not native:
+        return torch.float32
+    if zero_stage == 0:
+        raise ConfigError(
+            "training.parallel.zero_stage 0 cannot accumulate float32 gradients of bf16 weights; "
+            "use training.parallel.zero_stage=1 or training.precision=fp32"
+        )
+    return torch.bfloat16
+
+
+def deepspeed_config(
+    *,
+    zero_stage: int,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    accumulation: int,
+    gradient_clipping: float,
+    num_parameters: int,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for one run. Stage 0 clips outside DeepSpeed, which would not tell the norm."""
+    bucket = min(REDUCE_BUCKET, max(1, num_parameters))
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": gradient_clipping if zero_stage else 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings

@@ -1,15 +1,60 @@
-"""The training loop.
+"""The training loop, the same for one process and for many.
 
-In: a model, a `Mixture` of training data and one of validation data, and the place where the run lies.
-Out: weights, checkpoints, and events (training and validation metrics) handed to whoever listens.
+In: a model, a `Mixture` of training data and one of validation data, and the folder where the run lies.
+Out: checkpoints in that folder, and events (training and validation metrics) for an `Observer`.
+
+An update is a pure function of the checkpoint before it: the samples follow from the step (`rank_indices`), the router
+noise from (seed, step, micro step, worker). A run that was killed and resumed ends with the same weights, bit for bit.
+
+Metrics: train/{loss, cross_entropy, load_balancing, router_z, gradient_norm, learning_rate, tokens}, throughput/
+{step_seconds, tokens_per_second, checkpoint_seconds}, experts/..., validation/{loss, perplexity, loss/<source>}.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
 from blues import config as cfg
-from blues.errors import ConfigError
+from blues.data.batches import Batch, Mixture, rank_indices
+from blues.errors import CheckpointError, ConfigError
+from blues.model.moe.layer import MoE
+from blues.model.transformer import Transformer, is_mixture
+from blues.tracking.metrics import ExpertStatistics
+from blues.training.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_checkpoint,
+    state_key,
+    write_checkpoint,
+)
+from blues.training.engine import Engine
+from blues.training.observer import Event, Kind, Observer
 from blues.training.optim import AdamW, Cosine, Optimizer, Schedule
-from blues.training.parallel import Parallel, Precision
+from blues.training.parallel import Parallel, Precision, Ranks, arithmetic
+from blues.training.validation import Validation
+
+LOSSES = ("total", "cross_entropy", "load_balancing", "router_z")
+NAMES = {"total": "loss"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stretch of training ended: the last update, whether it was the last of the run, the newest checkpoint."""
+
+    step: int
+    finished: bool
+    saved_step: int
 
 
 class Trainer(cfg.Configurable):
@@ -67,3 +112,259 @@ class Trainer(cfg.Configurable):
             return self.global_batch_size // (self.micro_batch_size * self.parallel.num_workers)
 
     config: Config
+
+    def __init__(
+        self,
+        config: Trainer.Config,
+        *,
+        model: Transformer,
+        train_data: Mixture,
+        validation_data: Mixture | None,
+        run_dir: str | Path,
+        tree: Mapping[str, Any],
+        observer: Observer | None = None,
+    ) -> None:
+        """`tree` is the experiment's dump, kept in every checkpoint. All workers get the same arguments, except that
+        only worker 0's observer hears events."""
+        self.config, self.model, self.tree = config, model, dict(tree)
+        self.train_data, self.validation_data = train_data, validation_data
+        self.run_dir, self.observer = Path(run_dir), observer or Observer()
+
+    def run(self) -> Outcome:
+        """Train from the newest checkpoint of the run folder, or from the start, to the last step or a wish to stop.
+
+        Raises:
+            ConfigError: the device or the number of workers is not there.
+            CheckpointError: the newest checkpoint has other shapes or was trained on other data.
+        """
+        with self.config.parallel.build().join() as ranks:
+            return _Loop(self, ranks).run()
+
+
+class _Loop:
+    """One stretch of training on one worker."""
+
+    def __init__(self, trainer: Trainer, ranks: Ranks) -> None:
+        self.config, self.ranks = trainer.config, ranks
+        self.run_dir, self.tree, self.observer = trainer.run_dir, trainer.tree, trainer.observer
+        self.data, self.model = trainer.train_data, trainer.model
+        config, parallel = self.config, self.config.parallel
+        self.dtype = arithmetic(config.precision, parallel.zero_stage, ranks.device)
+        self.schedule: Schedule = config.schedule.build(total_steps=config.steps)
+        self.tokens_per_step = config.global_batch_size * self.data.config.sequence_length
+        self.step = 0
+        checkpoint = self._find_checkpoint()
+        self.num_parameters = self.model.num_parameters()  # ZeRO-3 empties what it splits
+        self.model.to(ranks.device)
+        self.engine = Engine(
+            self.model,
+            config.optimizer.build(),
+            ranks,
+            zero_stage=parallel.zero_stage,
+            dtype=self.dtype,
+            micro_batch_size=config.micro_batch_size,
+            accumulation=config.accumulation,
+            gradient_clipping=config.gradient_clipping,
+            leaf_modules=(MoE,),
+        )
+        self._prime(checkpoint)
+        self.validation = None
+        if trainer.validation_data is not None and config.validation_samples:
+            samples, size = config.validation_samples, config.micro_batch_size
+            self.validation = Validation(trainer.validation_data, samples, size, ranks)
+        moe = self.model.config.moe
+        self.experts = None
+        if moe is not None:
+            layers = [i for i in range(self.model.config.num_layers) if is_mixture(self.model.config, i)]
+            self.experts = ExpertStatistics(layers, moe.num_experts, ranks.device) if layers else None
+        self.losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=ranks.device)
+
+    def run(self) -> Outcome:
+        """From `self.step` to the end."""
+        self._send("start", details=self._facts())
+        if self.step == self.config.steps:  # killed after its last checkpoint, before it could say so
+            self._validate()
+        stopped, saved = False, self.step
+        ahead = self.data.prefetch(self._index_lists(self.step), depth=2 * self.config.accumulation)
+        with contextlib.closing(cast("Generator[Batch, None, None]", ahead)) as micro_batches:
+            self._restart_clock()
+            while self.step < self.config.steps and not stopped:
+                self._update(micro_batches)
+                if self._due(self.config.validate_every):
+                    self._validate()
+                stopped = self.ranks.any(self.observer.should_stop())
+                if stopped or self._due(self.config.checkpoint_every):
+                    self._save()
+                    saved = self.step
+        outcome = Outcome(step=self.step, finished=self.step == self.config.steps, saved_step=saved)
+        self._send("end", details={"finished": outcome.finished})
+        return outcome
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _index_lists(self, start: int) -> Iterator[list[int]]:
+        """The sample indices of each of this worker's micro batches from update `start` on. Read in another thread."""
+        config, ranks = self.config, self.ranks
+        for step in range(start, config.steps):
+            for micro_step in range(config.accumulation):
+                yield rank_indices(
+                    step, micro_step, ranks.rank, ranks.world_size, config.micro_batch_size, config.global_batch_size
+                )
+
+    def _update(self, micro_batches: Iterator[Batch]) -> None:
+        """One step; its figures are those of its own global batch, so a resumed run logs what an unbroken one does."""
+        self.step += 1
+        log = self._due(self.config.log_every)
+        if log:
+            self.losses.zero_()
+            if self.experts is not None:
+                self.experts.reset()
+
+        def micro_batch(index: int) -> Tensor:
+            torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
+            output = self._forward(next(micro_batches).tokens)
+            if log:
+                self.losses += torch.stack([getattr(output.losses, name) for name in LOSSES]).detach()
+                if self.experts is not None:
+                    self.experts.update(output.routing)
+            return output.losses.total
+
+        rate_factor = self.schedule.factor(self.step - 1)
+        gradient_norm = self.engine.update(micro_batch, rate_factor)
+        if log:
+            self._log(float(gradient_norm), self.config.optimizer.lr * rate_factor)
+
+    def _forward(self, tokens: Tensor) -> Any:
+        """The model's output for tokens int64[B, T + 1]."""
+        tokens = tokens.to(self.ranks.device, non_blocking=True)
+        return self.engine(tokens[:, :-1], tokens[:, 1:])
+
+    def _log(self, gradient_norm: float, learning_rate: float) -> None:
+        """Average this step's figures over the workers (one reduction, one copy to the host) and send them."""
+        values = [self.losses] if self.experts is None else [self.losses, self.experts.counts.flatten()]
+        together = torch.cat([value.double() for value in values])
+        dist.all_reduce(together)
+        losses = (together[: len(LOSSES)] / (self.config.accumulation * self.ranks.world_size)).tolist()
+        metrics = {f"train/{NAMES.get(name, name)}": loss for name, loss in zip(LOSSES, losses, strict=True)}
+        metrics["train/gradient_norm"] = gradient_norm
+        metrics["train/learning_rate"] = learning_rate
+        metrics["train/tokens"] = float(self.step * self.tokens_per_step)
+        seconds = (time.perf_counter() - self._clock) / (self.step - self._clock_step)
+        metrics["throughput/step_seconds"] = seconds
+        metrics["throughput/tokens_per_second"] = self.tokens_per_step / seconds
+        load = None
+        if self.experts is not None:
+            self.experts.counts.copy_(together[len(LOSSES) :].view_as(self.experts.counts))
+            summary = self.experts.read()
+            metrics |= summary.metrics()
+            load = summary.load_LE
+        self._send("train", metrics, expert_load=load)
+        self._restart_clock()
+
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        with self._off_the_clock():
+            self.engine.train(False)
+            metrics = self.validation.run(lambda tokens: self._forward(tokens).losses.cross_entropy)
+            self.engine.train(True)
+            self._send("validation", metrics)
+
+    def _save(self) -> None:
+        """Write a checkpoint: every worker gathers, worker 0 writes, all wait for it."""
+        with self._off_the_clock():
+            began = time.perf_counter()
+            first = self.ranks.rank == 0
+            trained = {name: value.cpu() for name, value in self.engine.master_weights() if first}
+            states = {state_key(n, k): value.cpu() for n, k, value in self.engine.optimizer_state() if first}
+            if first:
+                self.observer.flush()
+                buffers = {n: b.cpu() for n, b in self.model.state_dict().items() if n not in trained}
+                path = write_checkpoint(
+                    self.run_dir,
+                    step=self.step,
+                    tokens=self.step * self.tokens_per_step,
+                    data_fingerprint=self.data.fingerprint,
+                    tree=self.tree,
+                    model_state=trained | buffers,
+                    optimizer_state=states,
+                    details={
+                        "world_size": self.ranks.world_size,
+                        "zero_stage": self.config.parallel.zero_stage,
+                        "dtype": str(self.dtype),
+                    },
+                )
+                prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
+                seconds = time.perf_counter() - began
+                self._send("checkpoint", {"throughput/checkpoint_seconds": seconds}, details={"path": str(path)})
+            self.ranks.barrier()
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """The newest good checkpoint, chosen by worker 0 for all, with its weights put into the model."""
+
+        def report(message: str) -> None:
+            self._send("warning", details={"message": message})
+
+        path = latest_checkpoint(self.run_dir, report) if self.ranks.rank == 0 else None
+        path = self.ranks.from_first(path and str(path))
+        if path is None:
+            return None
+        checkpoint = read_checkpoint(path, verify=False)
+        checkpoint.check_shapes(self.model, self.tree)
+        if checkpoint.data_fingerprint != self.data.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other data than {self.data.config.path!r} (or another order of it); "
+                "give the same dataset, or a new --run-dir, or --fresh to start over"
+            )
+        self.model.load_state_dict(checkpoint.load_model_state())
+        return checkpoint
+
+    def _prime(self, checkpoint: Checkpoint | None) -> None:
+        """Check the flow of gradients, which also makes the optimizer's state, and fill that from the checkpoint."""
+        config = self.config
+        indices = rank_indices(
+            0, 0, self.ranks.rank, self.ranks.world_size, config.micro_batch_size, config.global_batch_size
+        )
+        tokens = self.data.batch(indices).tokens
+        self.engine.require_gradients(lambda: self._forward(tokens).losses.total)
+        if checkpoint is None:
+            self.engine.set_step(0)
+            return
+        self.step = checkpoint.step
+        with checkpoint.open_optimizer() as states, checkpoint.open_model() as weights:
+            self.engine.load_state(
+                checkpoint.step,
+                weights.get_tensor,
+                lambda name, kind: states.get_tensor(state_key(name, kind)),
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        """What a person wants to know at the start."""
+        return {
+            "device": str(self.ranks.device.type),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "world_size": self.ranks.world_size,
+            "parameters": self.num_parameters,
+            "backends": self.model.backends(self.ranks.device, self.dtype),
+        }
+
+    def _send(self, kind: Kind, metrics: dict[str, float] | None = None, **rest: Any) -> None:
+        if self.ranks.rank == 0:
+            self.observer.send(Event(kind=kind, step=self.step, metrics=metrics or {}, **rest))
+
+    def _restart_clock(self) -> None:
+        self._clock, self._clock_step = time.perf_counter(), self.step
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Keep what happens inside out of the throughput."""
+        began = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - began
+
+
+def noise_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """The random state of one forward pass (router noise), the same in a resumed and in an unbroken run."""
+    return xxhash.xxh3_64_intdigest(f"{seed}:{step}:{micro_step}:{rank}".encode()) >> 1
