@@ -1,13 +1,13 @@
 """The keys and values of tokens already read, so that decoding a token costs one token.
 
-In: each layer's new `k_BTHD, v_BTHD`, keys before any rotation. Out: all keys and values so far, `k_BSHD, v_BSHD`.
+In: each layer's new `k_BTGC, v_BTGC`, keys before any rotation. Out: all keys and values so far, `k_BSGC, v_BSGC`.
 
 Keys are stored unrotated and rotated on read: a RoPE that changes with the length (dynamic NTK), eviction and
 quantization all need that, and rotating one KV head is cheap. Slot j of a row holds that row's token at position j,
 so rows of different length need no left padding: a row's shorter prompt is padded on the right, the causal rule
 (key position <= query position) hides the padding, and the row's next tokens overwrite it.
 
-Legend: B rows, T new tokens, S tokens held (the longest row), H KV heads, D head dimension.
+Legend: L layers, B rows, T new tokens, S slots, G KV heads, C channels of a head.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Cache:
     ) -> None:
         """`capacity`: tokens per row to make room for at once; more are accepted and make the cache grow."""
         shape = (num_layers, rows, max(capacity, 1), num_kv_heads, head_dim)
-        self.k_LBSHD = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_LBSHD = torch.zeros(shape, dtype=dtype, device=device)
+        self.k_LBSGC = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LBSGC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * rows
         """Tokens held per row."""
 
@@ -48,38 +48,43 @@ class Cache:
         return max(self.lengths, default=0)
 
     @property
+    def even(self) -> bool:
+        """Whether all rows hold equally many tokens."""
+        return len(set(self.lengths)) <= 1
+
+    @property
     def capacity(self) -> int:
         """Tokens per row that fit before the cache grows."""
-        return self.k_LBSHD.shape[2]
+        return self.k_LBSGC.shape[2]
 
     @property
     def num_bytes(self) -> int:
         """Memory taken by the preallocated tensors."""
-        return 2 * self.k_LBSHD.numel() * self.k_LBSHD.element_size()
+        return 2 * self.k_LBSGC.numel() * self.k_LBSGC.element_size()
 
     def positions(self, new: int) -> Tensor:
         """`positions_BT` (int64) that the next `new` tokens of every row take: its length onwards."""
-        start_B1 = torch.tensor(self.lengths, device=self.k_LBSHD.device)[:, None]
-        return start_B1 + torch.arange(new, device=self.k_LBSHD.device)
+        start_B1 = torch.tensor(self.lengths, device=self.k_LBSGC.device)[:, None]
+        return start_B1 + torch.arange(new, device=self.k_LBSGC.device)
 
-    def update(self, layer: int, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, k_BTGC: Tensor, v_BTGC: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys (unrotated) and values after each row's tokens; return all of that layer.
 
-        Returns `k_BSHD, v_BSHD` with S = `length` + T. In a row shorter than the longest, slots beyond its own
+        Returns `k_BSGC, v_BSGC` with S = `length` + T. In a row shorter than the longest, slots beyond its own
         tokens hold padding, which the causal rule on positions must hide.
         """
-        new = k_BTHD.shape[1]
+        new = k_BTGC.shape[1]
         end = self.length + new
         self.reserve(end)
-        if len(set(self.lengths)) == 1:
-            self.k_LBSHD[layer, :, end - new : end] = k_BTHD
-            self.v_LBSHD[layer, :, end - new : end] = v_BTHD
+        if self.even:
+            self.k_LBSGC[layer, :, end - new : end] = k_BTGC
+            self.v_LBSGC[layer, :, end - new : end] = v_BTGC
         else:
             slots_BT = self.positions(new)
             rows_B1 = torch.arange(len(self.lengths), device=slots_BT.device)[:, None]
-            self.k_LBSHD[layer, rows_B1, slots_BT] = k_BTHD.to(self.k_LBSHD.dtype)
-            self.v_LBSHD[layer, rows_B1, slots_BT] = v_BTHD.to(self.v_LBSHD.dtype)
-        return self.k_LBSHD[layer, :, :end], self.v_LBSHD[layer, :, :end]
+            self.k_LBSGC[layer, rows_B1, slots_BT] = k_BTGC.to(self.k_LBSGC.dtype)
+            self.v_LBSGC[layer, rows_B1, slots_BT] = v_BTGC.to(self.v_LBSGC.dtype)
+        return self.k_LBSGC[layer, :, :end], self.v_LBSGC[layer, :, :end]
 
     def advance(self, counts: Sequence[int]) -> None:
         """After a forward pass: `counts[b]` of the tokens just stored in row b are real, the rest was padding."""
@@ -90,12 +95,12 @@ class Cache:
         if tokens <= self.capacity:
             return
         grown = max(tokens, 2 * self.capacity) - self.capacity
-        pad = (0, 0, 0, 0, 0, grown)  # from the last dimension: D, H, then S at its end
-        self.k_LBSHD = torch.nn.functional.pad(self.k_LBSHD, pad)
-        self.v_LBSHD = torch.nn.functional.pad(self.v_LBSHD, pad)
+        pad = (0, 0, 0, 0, 0, grown)  # from the last dimension: C, G, then S at its end
+        self.k_LBSGC = torch.nn.functional.pad(self.k_LBSGC, pad)
+        self.v_LBSGC = torch.nn.functional.pad(self.v_LBSGC, pad)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order: finished rows leave the batch."""
-        index = torch.tensor(list(rows), device=self.k_LBSHD.device)
-        self.k_LBSHD, self.v_LBSHD = self.k_LBSHD[:, index], self.v_LBSHD[:, index]
+        index = torch.tensor(list(rows), device=self.k_LBSGC.device)
+        self.k_LBSGC, self.v_LBSGC = self.k_LBSGC[:, index], self.v_LBSGC[:, index]
         self.lengths = [self.lengths[row] for row in rows]

@@ -9,6 +9,7 @@ Legend: B rows of a batch, V vocabulary (padded).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from blues import config as cfg
 from blues.config import Configurable, configclass
-from blues.errors import ConfigError
+from blues.errors import CheckpointError, ConfigError
 
 
 class Sampling(Configurable):
@@ -49,25 +50,30 @@ class Sampling(Configurable):
             if self.seed < 0:
                 raise ConfigError(f"seed (--seed) must be 0 or a positive whole number, got {self.seed}")
 
-    def __init__(self, config: Config, *, n_vocab: int, rows: int = 1) -> None:
-        """`n_vocab`: the tokenizer's real ids; the padding ids above it are never chosen. `rows`: batch size."""
+    def __init__(self, config: Config, *, allowed_V: Tensor, rows: int = 1) -> None:
+        """`allowed_V` (bool): ids that stand for something; the vocabulary's padding is never chosen.
+        `rows`: batch size."""
         self.config = config
-        self.n_vocab = n_vocab
+        self.allowed_V = allowed_V
         self.streams = [np.random.Generator(np.random.PCG64([config.seed, row])) for row in range(rows)]
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """`logits_BV` (any float type) -> `ids_B` (int64), advancing every row's stream by one number."""
-        uniform_B = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64)
-        return sample(hide_padding(logits_BV, self.n_vocab), self.config, uniform_B)
+    def __call__(self, logits_BV: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """`logits_BV` (any float type) -> `ids_B` (int64), advancing the stream of every row by one number.
 
+        `rows`: which of the batch's rows these are; all of them by default.
 
-def hide_padding(logits_BV: Tensor, n_vocab: int) -> Tensor:
-    """`logits_BV` in float32 with the rows of padding (ids >= `n_vocab`) at minus infinity."""
-    logits_BV = logits_BV.float()
-    if n_vocab >= logits_BV.shape[-1]:
-        return logits_BV
-    hidden_V = torch.arange(logits_BV.shape[-1], device=logits_BV.device) >= n_vocab
-    return logits_BV.masked_fill(hidden_V, -torch.inf)
+        Raises:
+            CheckpointError: a row holds no finite logits to choose from, as a diverged training run leaves behind.
+        """
+        streams = self.streams if rows is None else [self.streams[row] for row in rows]
+        uniform_B = torch.tensor([stream.random() for stream in streams], dtype=torch.float64)
+        logits_BV = logits_BV.float().masked_fill(~self.allowed_V, -torch.inf)
+        if not logits_BV.amax(dim=-1).isfinite().all():
+            raise CheckpointError(
+                "the model's logits are not finite numbers, so no token can be chosen: its training has diverged; "
+                "use an earlier checkpoint"
+            )
+        return sample(logits_BV, self.config, uniform_B)
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
@@ -87,7 +93,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
         return logits_BV
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = sorted_BV.double().softmax(dim=-1)
-    before_BV = probs_BV.cumsum(dim=-1) - probs_BV  # a token stays while those ahead of it do not reach p yet
+    before_BV = torch.nn.functional.pad(probs_BV.cumsum(dim=-1)[..., :-1], (1, 0))  # mass of those ahead of it
     return logits_BV.scatter(-1, order_BV, sorted_BV.masked_fill(before_BV >= p, -torch.inf))
 
 
@@ -108,5 +114,7 @@ def sample(logits_BV: Tensor, config: Sampling.Config, uniform_B: Tensor) -> Ten
     """`ids_B`: temperature, then top-k, then top-p over what is left, then `draw`; greedy at temperature 0."""
     if config.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = keep_top_p(keep_top_k(logits_BV / config.temperature, config.top_k), config.top_p)
-    return draw(logits_BV.double().softmax(dim=-1), uniform_B)
+    logits_BV = logits_BV.double()
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / config.temperature  # largest 0: cannot overflow
+    logits_BV = keep_top_p(keep_top_k(logits_BV, config.top_k), config.top_p)
+    return draw(logits_BV.softmax(dim=-1), uniform_B)
