@@ -44,6 +44,8 @@ class MetricsFile:
 
     def __init__(self, path: str | Path, *, keep_until: int | None = None) -> None:
         self.path = Path(path)
+        self.dropped_from: int | None = None
+        """Where the first dropped line began, in bytes; None when none was dropped."""
         self._seen: dict[int, frozenset[str]] = {}
         self._names: dict[frozenset[str], frozenset[str]] = {}
         try:
@@ -63,7 +65,7 @@ class MetricsFile:
         line = json.dumps({"step": int(step), "time": round(time.time(), 3), "metrics": values}, allow_nan=False)
         self._file.write(line.encode() + b"\n")
         os.fsync(self._file.fileno())
-        self._remember(step, seen | fresh.keys())
+        self._remember(step, seen.union(fresh))
 
     def close(self) -> None:
         """Further appends fail."""
@@ -78,7 +80,9 @@ class MetricsFile:
         for line in _parse(raw, 0, self.path):
             if keep_until is None or line.step <= keep_until:
                 kept.append(raw[end : line.end])
-                self._remember(line.step, self._seen.get(line.step, frozenset()) | line.metrics.keys())
+                self._remember(line.step, self._seen.get(line.step, frozenset()).union(line.metrics))
+            elif self.dropped_from is None:
+                self.dropped_from = end
             end = line.end
         text = b"".join(kept)
         if text != raw:

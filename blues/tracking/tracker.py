@@ -15,14 +15,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from blues import config as cfg
 from blues.config import Configurable, configclass
 from blues.errors import ConfigError
+from blues.tracking.destinations import choose
+from blues.tracking.mlflow_tracker import MLflowTracker
+from blues.tracking.outbox import Status
+from blues.tracking.redaction import has_credentials, redact
 from blues.tracking.spool import MetricsFile
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @runtime_checkable
@@ -153,6 +155,11 @@ class Tracking(CompositeTracker, Configurable):
         """False: metrics.jsonl only."""
 
         def __post_init__(self) -> None:
+            if self.uri and has_credentials(self.uri):
+                raise ConfigError(
+                    f"uri {redact(self.uri)!r} holds credentials, which would be saved with the run; leave them out "
+                    "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+                )
             if not self.experiment.strip():
                 raise ConfigError("experiment must not be empty: it names the MLflow experiment")
             if not self.directory.strip():
@@ -170,22 +177,34 @@ class Tracking(CompositeTracker, Configurable):
         parent_run_id: str | None = None,
     ) -> None:
         self.config = config
+        destination = choose(config.uri, config.directory) if config.enabled else None
         self.jsonl = JsonlTracker(run_dir, resume_step=resume_step)
-        super().__init__([self.jsonl])
+        self.mlflow: MLflowTracker | None = None
+        if destination is not None:
+            self.mlflow = MLflowTracker(
+                run_dir,
+                destination=destination,
+                experiment=config.experiment,
+                run_name=run_name,
+                parent_run_id=parent_run_id,
+                metrics=self.jsonl.file,
+                resume_step=resume_step,
+            )
+        super().__init__([self.jsonl] if self.mlflow is None else [self.jsonl, self.mlflow])
 
     @property
     def url(self) -> str | None:
         """The run's page in the MLflow interface; None while there is none."""
-        return None
+        return self.mlflow.url if self.mlflow else None
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run id; None while there is none."""
-        return None
+        return self.mlflow.run_id if self.mlflow else None
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> bool:
         """Wait until the MLflow run exists (`run_id`, `url`); False when it does not within the time."""
-        return False
+        return self.mlflow is not None and self.mlflow.wait_until_ready(timeout_s)
 
     def __enter__(self) -> Tracking:
         return self
