@@ -82,7 +82,8 @@ class Transformer(nn.Module, cfg.Configurable):
     def __init__(self, config: Config, *, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+        device = torch.get_default_device()  # "meta" makes a model without weights, and has no generator of its own
+        generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
         std = config.init_std
         self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
