@@ -126,16 +126,20 @@ class Report:
         return "\n".join(parts)
 
     def draw_experts(self, path: str | Path) -> Path:
-        """Draw the experts' load, layers x experts, as PNG.
+        """Draw the experts' load, layers x experts, as PNG; makes the folder.
 
         Raises:
-            ConfigError: the model has no experts.
+            ConfigError: the model has no experts, or there can be no file at `path`.
         """
         if self.experts is None:
             raise ConfigError("the model has no mixture layers, so there is no expert load to draw; leave out --figure")
-        from blues.tracking.plots import expert_load_heatmap
+        from blues.tracking.plots import expert_load_heatmap  # matplotlib: half a second that few evaluations need
 
-        return expert_load_heatmap(self.experts, path)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot draw to {str(path)!r} ({error.strerror}); choose another --figure") from None
+        return expert_load_heatmap(self.experts.load_LE, path, layers=self.experts.layers, title=self.subject)
 
 
 class Evaluation(Configurable):
