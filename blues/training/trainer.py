@@ -147,14 +147,16 @@ class _Loop:
     def __init__(self, trainer: Trainer, ranks: Ranks) -> None:
         self.config, self.ranks = trainer.config, ranks
         self.run_dir, self.tree, self.observer = trainer.run_dir, trainer.tree, trainer.observer
-        self.data, self.model = trainer.train_data, trainer.model
+        self.data, model = trainer.train_data, trainer.model
+        self.model = model
         config, parallel = self.config, self.config.parallel
         self.dtype = arithmetic(config.precision, parallel.zero_stage, ranks.device)
         self.schedule: Schedule = config.schedule.build(total_steps=config.steps)
         self.tokens_per_step = config.global_batch_size * self.data.config.sequence_length
         self.step = 0
         checkpoint = self._find_checkpoint()
-        self.num_parameters = self.model.num_parameters()  # ZeRO-3 empties what it splits
+        # Counted now: ZeRO-3 empties what it splits.
+        self.num_parameters, self.num_active_parameters = model.num_parameters(), model.num_active_parameters()
         self.model.to(ranks.device)
         self.engine = Engine(
             self.model,
@@ -346,7 +348,10 @@ class _Loop:
             "device": str(self.ranks.device.type),
             "dtype": str(self.dtype).removeprefix("torch."),
             "world_size": self.ranks.world_size,
+            "zero_stage": self.config.parallel.zero_stage,
             "parameters": self.num_parameters,
+            "active_parameters": self.num_active_parameters,
+            "tokens_per_step": self.tokens_per_step,
             "backends": self.model.backends(self.ranks.device, self.dtype),
         }
 
