@@ -53,6 +53,11 @@ class LoadedModel:
         return next(self.model.parameters()).device
 
     @functools.cached_property
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses."""
+        return self.model.num_active_parameters()
+
+    @functools.cached_property
     def allowed_V(self) -> Tensor:
         """Bool, one for each of the model's `vocab_size` rows: ids that stand for bytes, and the end-of-text token.
 

@@ -39,6 +39,9 @@ class TableModel(nn.Module):
         super().__init__()
         self.logits_VV = nn.Parameter(logits_VV, requires_grad=False)
 
+    def num_active_parameters(self) -> int:
+        return self.logits_VV.shape[1]
+
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, num_logits: int | None = None, **_: Any
     ) -> ModelOutput:

@@ -148,3 +148,24 @@ def test_any_tokens_stream_to_what_they_decode_to(ids):
     tokenizer = TOKENIZER.build()
     decoder = TextDecoder(tokenizer)
     assert "".join(decoder.push(token) for token in ids) + decoder.finish() == tokenizer.decode(ids)
+
+
+def test_the_number_of_threads_is_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generate(wrap(uniform_model()), ["a"], max_length=4)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_what_the_cpu_decodes():
+    loaded, config = tiny(1), tiny(1).config
+    on_gpu = wrap(config.build(seed=1).cuda(), config)
+    for changes in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 2}):
+        expected = generate(loaded, PROMPTS, max_length=12, **changes)
+        assert generate(on_gpu, PROMPTS, max_length=12, **changes) == expected
+    bf16 = wrap(config.build(seed=1).to("cuda", torch.bfloat16), config)
+    assert all(g.new_ids for g in generate(bf16, PROMPTS, max_length=12, temperature=0))
