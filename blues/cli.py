@@ -64,8 +64,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        silent = action.default in (None, False, "", argparse.SUPPRESS) or action.default in ([], ())
-        if silent or "default" in text or not action.option_strings and action.nargs not in ("?", "*"):
+        says_nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        positional = not action.option_strings and action.nargs not in ("?", "*")
+        if says_nothing or positional or action.default in ("", [], ()) or "default" in text:
             return text
         return f"{text} (default: %(default)s)"
 
@@ -102,11 +103,15 @@ def _partition(words: list[str], separator: str) -> tuple[list[str], bool, list[
     return words[:at], True, words[at + 1 :]
 
 
+def job_names() -> list[str]:
+    """The modules of `jobs/`, in the order of the journey."""
+    found = [module.name for module in pkgutil.iter_modules(import_module("jobs").__path__)]
+    return [name for name in JOURNEY if name in found] + sorted(name for name in found if name not in JOURNEY)
+
+
 def command_names() -> list[str]:
-    """The names of every command: the jobs in the order of the journey, then the commands about Blues itself."""
-    jobs = [module.name for module in pkgutil.iter_modules(import_module("jobs").__path__)]
-    ordered = [name for name in JOURNEY if name in jobs] + sorted(name for name in jobs if name not in JOURNEY)
-    return [*ordered, *_BUILT_IN]
+    """The names of every command: the jobs, then the commands about Blues itself."""
+    return [*job_names(), *_BUILT_IN]
 
 
 def command(name: str) -> Command:
