@@ -63,6 +63,12 @@ class Report:
         """Nats per token of the mixture: the sources' cross-entropies weighted by their shares, as training sees it."""
         return sum(result.weight * result.score.cross_entropy for result in self.results)
 
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the mixture: its bits per token over its bytes per token."""
+        bytes_per_token = sum(result.weight * result.score.bytes / result.score.tokens for result in self.results)
+        return self.cross_entropy / math.log(2) / bytes_per_token if bytes_per_token else math.nan
+
     def to_tree(self) -> dict[str, Any]:
         """Plain values, ready for JSON; what is undefined (bits per byte of no bytes) is None."""
         tree: dict[str, Any] = {
@@ -71,7 +77,7 @@ class Report:
             "stride": self.stride,
             "cross_entropy": _defined(self.cross_entropy),
             "perplexity": _defined(perplexity(self.cross_entropy)),
-            "bits_per_byte": _defined(self.total.bits_per_byte),
+            "bits_per_byte": _defined(self.bits_per_byte),
             "tokens": self.total.tokens,
             "bytes": self.total.bytes,
             "sources": {
@@ -105,13 +111,11 @@ class Report:
     def table(self) -> str:
         """The report as text for a terminal."""
         rows = [["source", "weight", "tokens", "nats/token", "perplexity", "bits/byte"]]
-        rows += [_row(result.name, f"{result.weight:.3f}", result.score) for result in self.results]
+        rows += [
+            _cells(r.name, r.weight, r.score.tokens, r.score.cross_entropy, r.score.bits_per_byte) for r in self.results
+        ]
         if len(self.results) > 1:
-            total = self.total
-            perplexity = math.exp(min(self.cross_entropy, 700.0))
-            rows.append(
-                ["mixture", "1.000", f"{total.tokens:,}", f"{self.cross_entropy:.4f}", f"{perplexity:,.2f}", ""]
-            )
+            rows.append(_cells("mixture", 1.0, self.total.tokens, self.cross_entropy, self.bits_per_byte))
         parts = [self.subject, align(rows)]
         sampled = [r for r in self.results if r.score.tokens < r.available - 1]
         for result in sampled:
@@ -347,9 +351,9 @@ def align(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, weight: str, score: Score) -> list[str]:
-    bits = "-" if math.isnan(score.bits_per_byte) else f"{score.bits_per_byte:.3f}"
-    return [name, weight, f"{score.tokens:,}", f"{score.cross_entropy:.4f}", f"{score.perplexity:,.2f}", bits]
+def _cells(name: str, weight: float, tokens: int, cross_entropy: float, bits_per_byte: float) -> list[str]:
+    bits = "-" if math.isnan(bits_per_byte) else f"{bits_per_byte:.3f}"
+    return [name, f"{weight:.3f}", f"{tokens:,}", f"{cross_entropy:.4f}", f"{perplexity(cross_entropy):,.2f}", bits]
 
 
 def _reader(store: Any, split: str) -> Callable[[int, int], NDArray[np.integer]]:

@@ -42,6 +42,10 @@ def test_each_source_is_scored_by_itself_and_mixed_by_weight(dataset):
         assert result.score.bytes == store.text_bytes("validation") - lengths[tokens[0]]
     code, text = report.results
     assert report.cross_entropy == pytest.approx(0.7 * code.score.cross_entropy + 0.3 * text.score.cross_entropy)
+    both = sum(r.weight * r.score.bytes / r.score.tokens for r in report.results)
+    assert report.bits_per_byte == pytest.approx(report.cross_entropy / math.log(2) / both)
+    low, high = sorted(r.score.bits_per_byte for r in report.results)
+    assert low < report.bits_per_byte < high
     assert report.unigram is not None and 0 < report.unigram.own <= report.unigram.trained
 
 
