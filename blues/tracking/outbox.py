@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 import uuid
 from dataclasses import asdict, dataclass, field
@@ -91,18 +92,18 @@ class Outbox:
     def __init__(self, path: str | Path, fresh: State) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
-        self._owner = open(self.path.with_name(".tracking.lock"), "a")  # noqa: SIM115 (held until close)
+        self._owner: int | None = os.open(self.path.parent, os.O_RDONLY)  # the folder itself is locked, until close
         try:
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._owner.close()
+            os.close(self._owner)
             raise TrackingError(
                 f"another process is recording {str(self.path.parent)!r}; wait for it to end, or use another run folder"
             ) from None
         try:
             stored = read_state(self.path)
         except TrackingError:
-            self._owner.close()
+            os.close(self._owner)
             raise
         self.state = stored if stored is not None and stored.server == fresh.server else fresh
         self._save()
@@ -149,7 +150,10 @@ class Outbox:
 
     def close(self) -> None:
         """Another process may send the run from now on."""
-        self._owner.close()
+        with self._lock:
+            if self._owner is not None:
+                os.close(self._owner)
+                self._owner = None
 
     def _save(self) -> None:
         tree = {"version": VERSION, **asdict(self.state)}
