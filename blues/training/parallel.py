@@ -7,6 +7,7 @@ Out: `Ranks` (who am I, on which device), the arithmetic type, and DeepSpeed's c
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from blues.errors import ConfigError
 Precision = Literal["auto", "fp32", "bf16"]
 REDUCE_BUCKET = 100_000_000
 """Elements that ZeRO reduces at once; DeepSpeed's default of 5e8 takes 2 GB of buffer for any model."""
+ALIGNMENT = 64
+"""DeepSpeed refuses buckets that are not a multiple of its alignment (2 in 0.19.8)."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,16 @@ class Parallel(cfg.Configurable):
             yield Ranks(rank, world_size, device, dist.new_group(backend="gloo"))
         finally:
             if made:
-                dist.destroy_process_group()
+                _leave()
+
+
+def _leave() -> None:
+    """End the process group, through DeepSpeed if that has joined: it keeps groups of its own for the next engine."""
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def backend_for(device: torch.device) -> str:
@@ -159,7 +171,7 @@ def deepspeed_config(
     num_parameters: int,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for one run. Stage 0 clips outside DeepSpeed, which would not tell the norm."""
-    bucket = min(REDUCE_BUCKET, max(1, num_parameters))
+    bucket = min(REDUCE_BUCKET, -(-num_parameters // ALIGNMENT) * ALIGNMENT)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,

@@ -180,6 +180,7 @@ class _Loop:
             layers = [i for i in range(self.model.config.num_layers) if is_mixture(self.model.config, i)]
             self.experts = ExpertStatistics(layers, moe.num_experts, ranks.device) if layers else None
         self.losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=ranks.device)
+        self._restart_clock()
 
     def run(self) -> Outcome:
         """From `self.step` to the end."""

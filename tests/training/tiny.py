@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -96,10 +98,9 @@ def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeo
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
-        store_file = manager.list()  # unique name: the manager's own address
-        port_file = f"/dev/shm/blues-{os.getpid()}-{id(store_file)}"
+        meeting = Path(tempfile.mkdtemp(prefix="blues-")) / "store"
         processes = [
-            context.Process(target=_worker, args=(rank, world_size, port_file, results, function, args))
+            context.Process(target=_worker, args=(rank, world_size, str(meeting), results, function, args))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -109,7 +110,7 @@ def run_workers(world_size: int, function: Callable[..., Any], *args: Any, timeo
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for rank in hung:
             processes[rank].kill()
-        Path(port_file).unlink(missing_ok=True)
+        shutil.rmtree(meeting.parent)
         failures = [text for kind, text in results.values() if kind == "error"]
         assert not failures, "\n".join(failures)
         assert not hung, f"workers {hung} still ran after {timeout} s"

@@ -1,0 +1,268 @@
+"""The training loop: equal to a plain torch loop, resumable bit for bit, the same for any workers and ZeRO stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from blues import config as cfg
+from blues.data.batches import rank_indices
+from blues.errors import CheckpointError
+from blues.experiment import Experiment
+from blues.training.checkpoint import read_checkpoint
+from blues.training.observer import Recorder
+from blues.training.optim import parameter_groups
+from blues.training.trainer import Outcome, Trainer, noise_seed
+from tests.training.tiny import experiment, make_dataset, run_workers
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+def trainer(exp: Experiment, run_dir: Path, recorder: Recorder, model=None) -> Trainer:
+    return exp.training.build(
+        model=exp.model.build(seed=exp.training.seed) if model is None else model,
+        train_data=exp.data.build(split="train"),
+        validation_data=exp.data.build(split="validation"),
+        run_dir=run_dir,
+        tree=cfg.dump(exp),
+        observer=recorder,
+    )
+
+
+def train(exp: Experiment, run_dir: Path, stop_after: int | None = None) -> tuple[Outcome, Recorder]:
+    recorder = Recorder(stop_after)
+    return trainer(exp, run_dir, recorder).run(), recorder
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint (or of the newest of a run)."""
+    checkpoint = read_checkpoint(path)
+    with checkpoint.open_optimizer() as file:
+        states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return checkpoint.load_model_state() | states
+
+
+def assert_identical(first: Path, second: Path) -> None:
+    left, right = tensors(first), tensors(second)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different
+
+
+def reference(exp: Experiment) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain torch loop over whole global batches, cut into the same micro batches: losses and final weights."""
+    training = exp.training
+    model, mixture = exp.model.build(seed=training.seed), exp.data.build(split="train")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, training.optimizer.weight_decay),
+        lr=training.optimizer.lr,
+        betas=tuple(training.optimizer.betas),
+        eps=training.optimizer.eps,
+    )
+    schedule = training.schedule.build(total_steps=training.steps)
+    micro_batches = training.global_batch_size // training.micro_batch_size
+    losses = []
+    for step in range(training.steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = (
+            schedule.factor(step) * training.optimizer.lr
+        )
+        total = 0.0
+        for micro in range(micro_batches):
+            indices = rank_indices(step, micro, 0, 1, training.micro_batch_size, training.global_batch_size)
+            tokens = mixture.batch(indices).tokens
+            loss = model(tokens[:, :-1], tokens[:, 1:]).losses.total / micro_batches
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, model.state_dict()
+
+
+NOISELESS = {"model.moe.router": "softmax_top_k", "training.gradient_clipping": 0.3}
+"""Router noise depends on the worker by design; clipping is set to bite at every step."""
+
+
+def test_one_process_equals_a_plain_torch_loop(data, tmp_path):
+    exp = experiment(data).override(NOISELESS)
+    losses, weights = reference(exp)
+    _, recorder = train(exp, tmp_path)
+    assert list(recorder.metrics("train/loss").values()) == pytest.approx(losses, abs=1e-6)
+    assert min(recorder.metrics("train/gradient_norm").values()) > 0.3
+    trained = read_checkpoint(tmp_path).load_model_state()
+    for name, weight in weights.items():
+        torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-5)
+
+
+def test_stopped_and_resumed_equals_unbroken(data, tmp_path):
+    exp = experiment(data, checkpoint_every=0, log_every=2)
+    whole, recorder = train(exp, tmp_path / "whole")
+    assert whole == Outcome(step=6, finished=True, saved_step=6)
+    stopped, first = train(exp, tmp_path / "broken", stop_after=4)
+    assert stopped == Outcome(step=4, finished=False, saved_step=4)
+    resumed, second = train(exp, tmp_path / "broken")
+    assert resumed.finished and second.events[0].step == 4
+    assert_identical(tmp_path / "whole", tmp_path / "broken")
+    for name in ("train/loss", "train/learning_rate", "train/gradient_norm", "experts/balance", "validation/loss"):
+        assert recorder.metrics(name) == first.metrics(name) | second.metrics(name), name
+
+
+def test_events_tell_the_run(data, tmp_path):
+    _, recorder = train(experiment(data, log_every=3), tmp_path)
+    kinds = [(event.kind, event.step) for event in recorder.events]
+    assert kinds == [
+        ("start", 0),
+        ("train", 3),
+        ("validation", 3),
+        ("checkpoint", 3),
+        ("train", 6),
+        ("validation", 6),
+        ("checkpoint", 6),
+        ("end", 6),
+    ]
+    start, logged = recorder.events[0].details, recorder.events[1]
+    assert start["device"] == "cpu" and start["parameters"] > start["active_parameters"]
+    assert start["tokens_per_step"] == 8 * 32 and start["backends"]["experts"] == "sorted"
+    assert logged.metrics["train/tokens"] == 3 * 8 * 32
+    assert logged.metrics["throughput/tokens_per_second"] > 0
+    assert len(logged.expert_load) == 1 and sum(logged.expert_load[0]) == pytest.approx(1.0)
+
+
+def test_validation_is_the_exact_mean_and_per_source(data, tmp_path):
+    """Against one sample at a time, with the final weights; 7 samples leave a last micro batch that is not full."""
+    exp = experiment(data, validation_samples=7)
+    _, recorder = train(exp, tmp_path)
+    model = exp.model.build()
+    model.load_state_dict(read_checkpoint(tmp_path).load_model_state())
+    model.eval()
+    mixture = exp.data.build(split="validation")
+    losses: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for index in range(7):
+            sample = mixture.sample(index)
+            loss = model(sample.tokens[None, :-1], sample.tokens[None, 1:]).losses.cross_entropy
+            losses.setdefault(sample.source, []).append(loss.item())
+    every = [loss for group in losses.values() for loss in group]
+    assert recorder.metrics("validation/loss")[6] == pytest.approx(sum(every) / 7, abs=1e-6)
+    for source, group in losses.items():
+        name = f"validation/loss/{mixture.source_names[source]}"
+        assert recorder.metrics(name)[6] == pytest.approx(sum(group) / len(group), abs=1e-6)
+
+
+def test_a_run_killed_before_its_last_words_still_says_them(data, tmp_path):
+    exp = experiment(data)
+    train(exp, tmp_path)
+    outcome, recorder = train(exp, tmp_path)
+    assert outcome == Outcome(step=6, finished=True, saved_step=6)
+    assert [event.kind for event in recorder.events] == ["start", "validation", "end"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(data, tmp_path):
+    exp = experiment(data)
+    train(exp, tmp_path)
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000006", tmp_path / "good" / "checkpoints" / "step-00000006")
+    damaged = tmp_path / "checkpoints" / "step-00000006" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    _, recorder = train(exp, tmp_path)
+    assert recorder.events[0].kind == "warning" and str(damaged) in recorder.events[0].details["message"]
+    assert recorder.events[1].kind == "start" and recorder.events[1].step == 3
+    assert_identical(tmp_path, tmp_path / "good")
+
+
+def test_other_data_is_refused(data, tmp_path):
+    exp = experiment(data)
+    train(exp, tmp_path, stop_after=1)
+    with pytest.raises(CheckpointError, match="was trained on other data than .*--fresh"):
+        train(exp.override({"data.seed": 1}), tmp_path)
+
+
+def test_another_shape_is_refused(data, tmp_path):
+    exp = experiment(data)
+    train(exp, tmp_path, stop_after=1)
+    with pytest.raises(CheckpointError, match="look at model.moe.num_experts"):
+        train(exp.override({"model.moe.num_experts": 6}), tmp_path)
+
+
+def test_a_parameter_left_out_of_the_loss_is_named(data, tmp_path):
+    exp = experiment(data)
+    model = exp.model.build()
+    model.idle = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="'idle' .* received no gradient on worker 0"):
+        trainer(exp, tmp_path, Recorder(), model).run()
+
+
+def test_noise_seeds_differ_in_every_argument():
+    seeds = {noise_seed(*(int(i == j) for j in range(4))) for i in range(5)}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_float32_masters_across_a_resume(data, tmp_path, stage):
+    exp = experiment(data, precision="bf16", checkpoint_every=0, **{"parallel.zero_stage": stage})
+    train(exp, tmp_path / "whole")
+    train(exp, tmp_path / "broken", stop_after=3)
+    train(exp, tmp_path / "broken")
+    assert_identical(tmp_path / "whole", tmp_path / "broken")
+    weights = read_checkpoint(tmp_path / "whole").load_model_state()
+    masters = weights["blocks.0.attention.qkv.weight"]
+    assert masters.dtype == torch.float32 and not torch.equal(masters, masters.bfloat16().float())
+
+
+def starved(data: Path, **training) -> Experiment:
+    """Two tokens a forward pass and eight experts: most experts get nothing, and other ones on each worker."""
+    exp = experiment(data, micro_batch_size=1, **training).override(NOISELESS)
+    return exp.override({"data.sequence_length": 2, "model.moe.num_experts": 8})
+
+
+def two_workers(data: Path, root: Path) -> dict[int | str, dict[int, float]]:
+    """In each of two workers: every stage unbroken, stopped and resumed, resumed from another stage, and starved."""
+    losses: dict[int | str, dict[int, float]] = {}
+    for stage in STAGES:
+        exp = starved(data, **{"parallel.num_workers": 2, "parallel.zero_stage": stage})
+        _, recorder = train(exp, root / f"starved-{stage}")
+        losses[f"starved-{stage}"] = recorder.metrics("train/loss")
+        exp = experiment(data, **{"parallel.num_workers": 2, "parallel.zero_stage": stage}).override(NOISELESS)
+        _, recorder = train(exp, root / f"whole-{stage}")
+        losses[stage] = recorder.metrics("train/loss")
+    for stage in STAGES:
+        other = (stage + 1) % 4
+        exp = experiment(data, **{"parallel.num_workers": 2, "parallel.zero_stage": stage}).override(NOISELESS)
+        train(exp, root / f"broken-{stage}", stop_after=3)
+        train(exp, root / f"broken-{stage}")
+        if torch.distributed.get_rank() == 0:
+            source = root / f"whole-{other}" / "checkpoints" / "step-00000003"
+            shutil.copytree(source, root / f"moved-{stage}" / "checkpoints" / "step-00000003")
+        torch.distributed.barrier()
+        train(exp, root / f"moved-{stage}")
+    return losses
+
+
+def test_two_workers_at_every_zero_stage(data, tmp_path):
+    exp = experiment(data).override(NOISELESS)
+    losses, weights = reference(exp)
+    starved_losses, _ = reference(starved(data))
+    by_stage = run_workers(2, two_workers, data, tmp_path)[0]
+    for stage in STAGES:
+        assert list(by_stage[stage].values()) == pytest.approx(losses, abs=1e-6), f"stage {stage}"
+        assert list(by_stage[f"starved-{stage}"].values()) == pytest.approx(starved_losses, abs=1e-6), f"stage {stage}"
+        trained = read_checkpoint(tmp_path / f"whole-{stage}").load_model_state()
+        for name, weight in weights.items():
+            torch.testing.assert_close(trained[name], weight, atol=1e-5, rtol=1e-5)
+        assert_identical(tmp_path / f"whole-{stage}", tmp_path / f"broken-{stage}")
+        moved = tensors(tmp_path / f"moved-{stage}")
+        for name, tensor in tensors(tmp_path / f"whole-{stage}").items():
+            torch.testing.assert_close(moved[name], tensor, atol=1e-5, rtol=1e-5)
+    # one process goes on from a checkpoint of two workers that split everything
+    shutil.copytree(tmp_path / "whole-3" / "checkpoints" / "step-00000003", tmp_path / "one/checkpoints/step-00000003")
+    _, recorder = train(exp, tmp_path / "one")
+    assert recorder.events[0].step == 3
+    assert recorder.metrics("train/loss")[6] == pytest.approx(losses[5], abs=1e-6)
