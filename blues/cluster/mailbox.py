@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -58,8 +59,9 @@ def open_mailbox() -> Any:
 class MailboxObserver(Observer):
     """Worker 0's end. A thread carries events and brings back the wish to stop."""
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    def __init__(self, put: Callable[[list[Event]], tuple[int, bool]]) -> None:
+        """`put` delivers events and returns what `Mailbox.put` does."""
+        self._put = put
         self._lock = threading.Lock()
         self._queue: list[Event] = []
         self._pending = 0
@@ -101,7 +103,7 @@ class MailboxObserver(Observer):
                 self._wake.clear()
                 with self._lock:
                     events, self._queue = self._queue, []
-                kept_later, self._stop = ray.get(self._mailbox.put.remote(events))
+                kept_later, self._stop = self._put(events)
                 with self._lock:
                     self._pending = kept_later + len(self._queue)
         except ray.exceptions.RayError as error:

@@ -327,7 +327,7 @@ def _work(loop: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     folder, mailbox = Path(loop["folder"]), loop["mailbox"]
     _print_to(folder / run_folder.LOGS / f"worker-{rank}.log")
-    observer = MailboxObserver(mailbox) if rank == 0 else Observer()
+    observer = MailboxObserver(lambda events: ray.get(mailbox.put.remote(events))) if rank == 0 else Observer()
     try:
         experiment = cfg.load(Experiment, loop["placed"])
         with run_folder.worker_lock(folder) if rank == 0 else contextlib.nullcontext():
