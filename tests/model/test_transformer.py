@@ -1,0 +1,253 @@
+import math
+
+import pytest
+import torch
+
+from blues import config as cfg
+from blues.errors import ConfigError
+from blues.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy_naive
+from blues.model.transformer import Transformer, is_mixture
+from tests.model.examples import gradients, lively, small, tokens
+
+
+def step(model, ids, seed=7):
+    """Losses and gradients of one training step with the router noise of `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    output = model(ids[:, :-1], ids[:, 1:])
+    output.losses.total.backward()
+    return output, gradients(model)
+
+
+def test_the_configuration_survives_yaml_and_overrides():
+    config = small(moe__router="softmax_top_k", attention__rope__theta=500.0)
+    assert cfg.from_yaml(Transformer.Config, cfg.to_yaml(config)) == config
+    assert small(moe__router__noise=0.5).moe.router.noise == 0.5
+    with pytest.raises(ConfigError, match="model.*router|router.*noisy_top_k"):
+        small(moe__router="noisy_top")
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dim": 768, "ffn_dim": 2048, "moe__ffn_dim": 2048, "attention__head_dim": 64}])
+def test_the_first_cross_entropy_is_that_of_a_uniform_guess(sizes):
+    model = small(vocab_size=1024, **sizes).build(seed=0)
+    ids = tokens(model, batch=4, length=33)
+    assert model(ids[:, :-1], ids[:, 1:]).losses.cross_entropy.item() == pytest.approx(math.log(1024), abs=0.2)
+
+
+def test_weights_are_a_function_of_the_seed():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, again, other = (small().build(seed=seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_projections_into_the_residual_stream_start_smaller():
+    model = small(dim=128).build(seed=0)
+    scaled = 0.02 / math.sqrt(2 * 4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert bool((parameter == 1).all())
+        elif name.endswith("noise_weight"):
+            assert not parameter.any()
+        else:
+            residual = name.endswith(("attention.output.weight", "down.weight", "down_EDF"))
+            assert parameter.std().item() == pytest.approx(scaled if residual else 0.02, rel=0.1), name
+
+
+def test_mixtures_alternate_with_dense_layers():
+    assert [is_mixture(small(), layer) for layer in range(4)] == [False, True, False, True]
+    assert [is_mixture(small(moe__every=1), layer) for layer in range(4)] == [True] * 4
+    assert len(small().build()(torch.zeros(1, 3, dtype=torch.int64)).routing) == 2
+    dense = small(moe=None).build()
+    assert dense(torch.zeros(1, 3, dtype=torch.int64)).routing == ()
+    assert not any("router" in name for name in dense.state_dict())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_losses_equal_those_of_the_full_logits(tied):
+    model = lively(small(tie_embeddings=tied).build()).double().eval()
+    ids = tokens(model)
+    targets = ids[:, 1:].clone()
+    targets[0, :5] = IGNORED
+    logits = model(ids[:, :-1]).logits_BTV
+    output = model(ids[:, :-1], targets)
+    assert output.logits_BTV is None
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    torch.testing.assert_close(output.losses.cross_entropy, expected)
+
+
+def test_last_logits_alone_equal_the_last_of_all():
+    model = lively(small().build()).double().eval()
+    ids = tokens(model)
+    torch.testing.assert_close(model(ids, num_logits=3).logits_BTV, model(ids).logits_BTV[:, -3:])
+
+
+def test_fast_paths_equal_the_naive_model_forward_and_gradient():
+    naive = {"attention__backend": "naive", "moe__dispatch": "naive", "cross_entropy": "naive"}
+    ids = tokens(small().build())
+    (fast, fast_grads), (slow, slow_grads) = (
+        step(lively(small(**changes).build()).double(), ids) for changes in ({}, naive)
+    )
+    torch.testing.assert_close(fast.losses.total, slow.losses.total, atol=1e-12, rtol=1e-10)
+    for name in slow_grads:
+        torch.testing.assert_close(fast_grads[name], slow_grads[name], atol=1e-12, rtol=1e-8)
+
+
+def test_no_token_sees_a_later_one():
+    model = lively(small().build()).double().eval()
+    ids = tokens(model, batch=1)
+    embedded = []
+    model.embedding.register_forward_hook(lambda *args: embedded.append(args[-1]))
+    logits = model(ids).logits_BTV
+    for t in (0, 7, 15):
+        (grad,) = torch.autograd.grad(logits[0, t].sum(), embedded[0], retain_graph=True)
+        assert not grad[0, t + 1 :].any() and grad[0, : t + 1].any(dim=-1).all()
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    model = lively(small().build()).double().eval()
+    ids = tokens(model, batch=3)
+    alone = torch.cat([model(row[None]).logits_BTV for row in ids])
+    torch.testing.assert_close(model(ids).logits_BTV, alone, atol=1e-11, rtol=0)
+
+
+def test_logits_depend_on_distances_alone():
+    model = lively(small().build()).double().eval()
+    ids = tokens(model)
+    shifted = model(ids, positions=torch.arange(16).expand(2, 16) + 40).logits_BTV
+    torch.testing.assert_close(shifted, model(ids).logits_BTV, atol=1e-4, rtol=0)
+
+
+class GrowingCache:
+    """The least that satisfies KVCache: concatenation."""
+
+    def __init__(self):
+        self.layers = {}
+
+    @property
+    def length(self):
+        return 0 if 3 not in self.layers else self.layers[3][0].shape[1]  # complete after the last layer
+
+    def update(self, layer, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (k, v), strict=True))
+        self.layers[layer] = (k, v)
+        return k, v
+
+
+@pytest.mark.parametrize("pieces", [[1] * 16, [9, 1, 1, 5], [16]])
+def test_decoding_with_a_cache_equals_one_full_forward(pieces):
+    model = lively(small().build()).double().eval()
+    ids, cache, parts = tokens(model), GrowingCache(), []
+    for piece in ids.split(pieces, dim=1):
+        parts.append(model(piece, cache=cache).logits_BTV)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits_BTV, atol=1e-11, rtol=0)
+
+
+def test_a_cache_holds_unrotated_keys():
+    """Two equal tokens have equal keys in the first layer whatever their positions."""
+    model, cache = lively(small().build()).eval(), GrowingCache()
+    model(torch.tensor([[5, 9, 5]]), cache=cache)
+    keys = cache.layers[0][0]
+    torch.testing.assert_close(keys[0, 0], keys[0, 2])
+
+
+def test_gradient_checkpointing_changes_no_bit_and_draws_the_same_noise():
+    ids = tokens(small().build())
+    (plain, plain_grads), (saved, saved_grads) = (
+        step(lively(small(gradient_checkpointing=on).build()), ids) for on in (False, True)
+    )
+    assert torch.equal(plain.losses.total, saved.losses.total)
+    assert len(saved.routing) == 2, "one routing per mixture, not one per computation"
+    for a, b in zip(plain.routing, saved.routing, strict=True):
+        assert torch.equal(a.ids_TK, b.ids_TK)
+    assert all(torch.equal(plain_grads[name], saved_grads[name]) for name in plain_grads)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_routing_and_losses_stay_float32(autocast):
+    model = lively(small().build(), std=0.05)
+    ids = tokens(model)
+    exact, _ = step(model, ids)
+    if not autocast:
+        model.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output, grads = step(model, ids)
+    assert all(loss.dtype == torch.float32 for loss in output.losses)
+    assert all(tensor.dtype == torch.float32 for r in output.routing for tensor in (r.weights_TK, r.logits_TE))
+    assert all(grad.dtype == (torch.float32 if autocast else torch.bfloat16) for grad in grads.values())
+    assert output.losses.cross_entropy.item() == pytest.approx(exact.losses.cross_entropy.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("dispatch", ["naive", "sorted", "grouped_mm"])
+def test_every_parameter_has_a_gradient_even_from_a_single_token(dispatch):
+    model = small(moe__dispatch=dispatch).build()
+    model(torch.tensor([[1]]), torch.tensor([[2]])).losses.total.backward()
+    grads = gradients(model)
+    assert not grads["blocks.1.feed_forward.experts.down_EDF"].flatten(1).any(dim=1).all(), "two experts were idle"
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_whole_step_compiles_without_a_graph_break(gradient_checkpointing):
+    config = small(moe__dispatch="grouped_mm", gradient_checkpointing=gradient_checkpointing)
+    model = lively(config.build()).bfloat16()  # compiled, grouped_mm is for bfloat16 alone
+    ids = tokens(model)
+    plain, plain_grads = step(model, ids)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(7)
+    losses = compiled(ids[:, :-1], ids[:, 1:]).losses
+    losses.total.backward()
+    # The same operations in the same order: any difference is at most one rounding to bfloat16.
+    torch.testing.assert_close(losses.total, plain.losses.total, atol=0, rtol=2**-8)
+    for name, grad in gradients(model).items():
+        assert (grad - plain_grads[name]).norm() <= 2**-6 * plain_grads[name].norm(), name
+
+
+def test_a_few_steps_learn_a_sequence_by_heart():
+    model = small().build(seed=0)
+    ids = tokens(model, batch=4, length=17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        losses = model(ids[:, :-1], ids[:, 1:]).losses
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses.cross_entropy.item() < 0.5
+
+
+def test_parameters_and_flops_are_counted():
+    model = small().build()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert model.num_parameters() == sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if "experts" in name)
+    assert model.num_active_parameters() == model.num_parameters() - experts // 2
+    assert model.flops_per_token(16) == 6 * model.num_active_parameters() + 6 * 4 * 32 * 16
+    untied = small(tie_embeddings=False).build()
+    assert untied.num_parameters() == model.num_parameters() + 97 * 32
+    assert untied.flops_per_token(16) == model.flops_per_token(16), "looking up an embedding is no product"
+
+
+def test_the_implementations_that_run_are_named():
+    cpu = torch.device("cpu")
+    chosen = {"attention": "sdpa", "cross_entropy": "chunked", "experts": "sorted"}
+    assert small().build().backends(cpu, torch.float32) == chosen
+    assert "experts" not in small(moe=None).build().backends(cpu, torch.float32)
+    assert small(cross_entropy="naive").build().backends(cpu, torch.float32)["cross_entropy"] == "naive"
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "dim", "num_layers", "init_std"])
+def test_bad_settings_are_refused_by_name(field):
+    with pytest.raises(ConfigError, match=f"^{field}"):
+        small(**{field: 0})
+
+
+def test_ignored_targets_teach_nothing():
+    model = small().build().double()
+    ids = tokens(model)
+    losses = model(ids, torch.full_like(ids, IGNORED)).losses
+    assert losses.cross_entropy.item() == 0.0
+    x, _ = model.hidden(ids)
+    assert linear_cross_entropy_naive(x.flatten(0, 1), model.embedding.weight, ids.flatten() * 0 + IGNORED) == 0
