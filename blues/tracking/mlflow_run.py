@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from blues.tracking.redaction import redact
 
 METRICS_PER_REQUEST = 1000
@@ -125,7 +127,7 @@ class MLflowRun:
 
     def log_artifact(self, path: str | Path, folder: str) -> None:
         """Upload a file under `folder`, replacing one of the same name."""
-        self._call("log_artifact", self.run_id, str(path), folder or None)
+        self._call("log_artifact", self.run_id, str(path), legal_name(folder) if folder else None)
 
     def end(self, status: str) -> None:
         """Record how the run ended."""
@@ -165,10 +167,12 @@ class MLflowRun:
 
         try:
             return getattr(self._client, method)(*args, **kwargs)
-        except MlflowException as error:
-            if error.get_http_status_code() in PERMANENT:
+        except (MlflowException, requests.HTTPError) as error:  # the second from uploads
+            if _http_status(error) in PERMANENT:
                 raise Refused(redact(" ".join(str(error).split()))) from None
             raise
+        except (FileNotFoundError, PermissionError) as error:
+            raise Refused(f"{error.strerror}: {error.filename}") from None
 
 
 def client(uri: str) -> Any:
@@ -183,6 +187,12 @@ def client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def _http_status(error: Any) -> int | None:
+    """Of MLflow's exceptions and of requests'."""
+    response = getattr(error, "response", None)
+    return response.status_code if response is not None else getattr(error, "get_http_status_code", lambda: None)()
 
 
 def legal_name(name: str) -> str:

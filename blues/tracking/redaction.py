@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import urllib.parse
 
-_USER = re.compile(r"(\w[\w+.-]*://)(?:[^\s/@]*:[^\s@]*|[^\s/@]+)@")
+# a password may hold / and @, unescaped; a number before / is a port
+_USER = re.compile(r"(\w[\w+.-]*://)(?:[^\s/@]*:(?!\d+/)\S*|[^\s/@]+)@")
 _QUERY = re.compile(r"(?i)([?&;][^=&\s]*(?:token|secret|passw|key|auth|sig)[^=&\s]*=)[^&\s]+")
 
 

@@ -193,7 +193,7 @@ def _answers(entry: Entry) -> bool:
     session = requests.Session()
     session.trust_env = False  # a proxy of the environment must not see 127.0.0.1
     try:
-        return session.get(f"{entry.url}/health", timeout=5).ok
+        return session.get(f"{entry.url}/health", timeout=2).ok
     except requests.RequestException:
         return False
     finally:
