@@ -80,7 +80,8 @@ def tokenizer_json(ranks: Mapping[bytes, int], pattern: str, special_tokens: Map
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {spell(token): rank for token, rank in ranks.items()},
+            # With the special tokens, or tokenizers would number them on from the ranks, whatever `id` says.
+            "vocab": {spell(token): rank for token, rank in ranks.items()} | dict(special_tokens),
             "merges": [[spell(left), spell(right)] for left, right in merges_of(ranks)],
         },
     }
