@@ -1,0 +1,168 @@
+"""Search spaces: finite sets of changes to an experiment, by dotted path.
+
+In: an experiment to vary. Out: a `Space`, a tuple of changes such as `{"model.moe.router": "softmax_top_k"}`, each of
+which `Experiment.override` understands. Spaces add (`a + b`: the points of both) and multiply (`a * b`: every pair).
+A new named space is a new function here with `@space`; it takes the experiment, so that its values can lie around it.
+
+The algebra follows google-deepmind/simply, `utils/sweep.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from blues.config import FAMILIES, nearest
+from blues.errors import ConfigError
+from blues.experiment import Experiment
+
+Changes = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Points to try. Iterating gives the changes of each."""
+
+    points: tuple[Changes, ...]
+
+    def __add__(self, other: Space) -> Space:
+        """The points of both, those of `self` first; equal points once."""
+        return Space(self.points + tuple(point for point in other.points if point not in self.points))
+
+    def __mul__(self, other: Space) -> Space:
+        """Every pair of points.
+
+        Raises:
+            ConfigError: both change the same path.
+        """
+        twice = {path for point in self.points for path in point} & {path for point in other.points for path in point}
+        if twice:
+            raise ConfigError(f"{sorted(twice)[0]!r} is varied twice in one search space; vary it once")
+        return Space(tuple({**left, **right} for left in self.points for right in other.points))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self):
+        return iter(self.points)
+
+    def sample(self, count: int, seed: int = 0) -> Space:
+        """At most `count` of the points, drawn without replacement, in their own order."""
+        if count < 1:
+            raise ConfigError(f"a search needs at least 1 trial, got {count}")
+        chosen = sorted(random.Random(seed).sample(range(len(self)), min(count, len(self))))
+        return Space(tuple(self.points[index] for index in chosen))
+
+
+def choice(path: str, values: Iterable[Any]) -> Space:
+    """One point for each value of one setting."""
+    return Space(tuple({path: value} for value in values))
+
+
+def product(*spaces: Space) -> Space:
+    """Every combination of the points of these spaces; one point without changes for no space."""
+    whole = Space(({},))
+    for each in spaces:
+        whole = whole * each
+    return whole
+
+
+def grid(values: Mapping[str, Iterable[Any]]) -> Space:
+    """Every combination of the values of these settings."""
+    return product(*(choice(path, options) for path, options in values.items()))
+
+
+SPACES: dict[str, Callable[[Experiment], Space]] = {}
+"""Every named space."""
+
+
+def space(function: Callable[[Experiment], Space]) -> Callable[[Experiment], Space]:
+    """Register a function under its own name."""
+    SPACES[function.__name__] = function
+    return function
+
+
+def parse(words: str, experiment: Experiment) -> Space:
+    """The space that a person wrote: names and `PATH=V1,V2` joined by `*`, e.g. `router*model.moe.top_k=1,2`.
+
+    Raises:
+        ConfigError: an unknown name (with the nearest), or a list of values that cannot be read.
+    """
+    return product(*(_factor(word.strip(), experiment) for word in words.split("*")))
+
+
+def _factor(word: str, experiment: Experiment) -> Space:
+    path, separator, values = word.partition("=")
+    if not separator:
+        if word not in SPACES:
+            raise ConfigError(f"unknown search space {word!r}, and not PATH=VALUE,VALUE.{nearest(word, SPACES)}")
+        return SPACES[word](experiment)
+    try:
+        listed = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        listed = []
+    if not listed:
+        raise ConfigError(f"search space {word!r} must have the form PATH=VALUE,VALUE,...")
+    return choice(path.strip(), listed)
+
+
+def _mixture(experiment: Experiment, name: str) -> Any:
+    if experiment.model.moe is None:
+        raise ConfigError(f"the search space {name!r} varies the mixture of experts, and model.moe is null")
+    return experiment.model.moe
+
+
+@space
+def router(experiment: Experiment) -> Space:
+    """Every registered router, each with its own defaults."""
+    _mixture(experiment, "router")
+    return choice("model.moe.router", sorted(FAMILIES["router"].variants))
+
+
+@space
+def top_k(experiment: Experiment) -> Space:
+    """One, two or four experts per token."""
+    experts = _mixture(experiment, "top_k").num_experts
+    return choice("model.moe.top_k", [k for k in (1, 2, 4) if k <= experts])
+
+
+@space
+def num_experts(experiment: Experiment) -> Space:
+    """Half as many experts, as many, twice as many."""
+    moe = _mixture(experiment, "num_experts")
+    return choice("model.moe.num_experts", [n for n in _around(moe.num_experts, 2) if n >= moe.top_k])
+
+
+@space
+def load_balancing(experiment: Experiment) -> Space:
+    """Without the balancing loss, and with a tenth, once and ten times its weight."""
+    weight = _mixture(experiment, "load_balancing").load_balancing_weight or 0.01
+    return choice("model.moe.load_balancing_weight", [0.0, *_around(weight, 10)])
+
+
+@space
+def learning_rate(experiment: Experiment) -> Space:
+    """A third of the learning rate, the rate itself, three times the rate."""
+    return choice("training.optimizer.lr", _around(experiment.training.optimizer.lr, 3))
+
+
+@space
+def schedule(experiment: Experiment) -> Space:
+    """Every registered learning-rate schedule, with the experiment's own warm-up."""
+    warmup = experiment.training.schedule.warmup_steps
+    return Space(
+        tuple(
+            {"training.schedule": name, "training.schedule.warmup_steps": warmup}
+            for name in sorted(FAMILIES["schedule"].variants)
+        )
+    )
+
+
+def _around(value: float, factor: int) -> list[Any]:
+    """`value` divided by `factor`, itself, times `factor`; whole numbers stay whole."""
+    below = value // factor if isinstance(value, int) else float(f"{value / factor:.3g}")
+    return [below, value, value * factor]
