@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from blues.cluster.train import run_training
     from tuning.experiments import resolve
 
-    from blues.cluster.train import run_training
-
-    data = [f"data.path={args.data_cache_dir}"] if args.data_cache_dir else []
-    experiment = resolve(args.experiment, [*args.overrides, *data])
+    experiment = resolve(args.experiment, args.overrides)
+    if args.data_cache_dir:
+        experiment = experiment.override({"data.path": args.data_cache_dir})
     result = run_training(experiment, args.run_dir or f"runs/{experiment.name}", address=args.address, fresh=args.fresh)
     return INTERRUPTED if result.interrupted else 0
 

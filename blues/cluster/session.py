@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from blues.errors import ClusterError
 
 ADDRESS = "RAY_ADDRESS"
+KNOCK_S = 5.0
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for "this machine only": every port on 127.0.0.1
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long agents outlive a killed head (default 60)
@@ -70,30 +72,71 @@ def connect(
     """
     chosen = address or os.environ.get(ADDRESS) or "local"
     local = chosen == "local"
-    for name, value in (QUIET_ENVIRONMENT | (LOCAL_ENVIRONMENT if local else {})).items():
-        os.environ.setdefault(name, value)
-    import ray
+    with _environment(QUIET_ENVIRONMENT | (LOCAL_ENVIRONMENT if local else {})):
+        import ray
 
-    if ray.is_initialized():
-        yield Session(address=ray.get_runtime_context().gcs_address, started=False)
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if local:
-        options |= {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus,
-            "object_store_memory": object_store_memory,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
+        if ray.is_initialized():
+            yield Session(address=ray.get_runtime_context().gcs_address, started=False)
+            return
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if local:
+            options |= {
+                "num_cpus": num_cpus,
+                "num_gpus": num_gpus,
+                "object_store_memory": object_store_memory,
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+            }
+        try:
+            with _loopback() if local else contextlib.nullcontext():
+                if not local:
+                    _knock(chosen)
+                ray.init(address=chosen, **options)
+        except Exception as error:
+            raise _explained(error, chosen) from error
+        try:
+            yield Session(address=ray.get_runtime_context().gcs_address, started=local)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set what the person has not set, for the time of the block."""
+    added = [name for name in values if name not in os.environ]
+    os.environ.update({name: values[name] for name in added})
     try:
-        ray.init(address=chosen, **options)
-    except Exception as error:
-        raise _explained(error, chosen) from error
-    try:
-        yield Session(address=ray.get_runtime_context().gcs_address, started=local)
+        yield
     finally:
-        ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Let Ray keep 127.0.0.1, which it otherwise replaces by the machine's address for others.
+
+    It reads its switch (in LOCAL_ENVIRONMENT) when it is imported, which may have happened before.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself tries for minutes.
+
+    Raises:
+        OSError: no connection to HOST:PORT.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _explained(error: Exception, address: str) -> ClusterError:

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -155,6 +156,8 @@ class _Run:
         cpus = max(os.cpu_count() or 1, parallel.num_workers * parallel.cpus_per_worker)
         if self.screen:
             self.screen.note(f"run folder: {self.folder}")
+        # Importing Ray Train takes as long as starting Ray, which mostly waits: do both at once.
+        threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
         with self._signals(), session.connect(address, num_cpus=cpus) as ray_session:
             device = choose_device(self.experiment, ray_session)
             record = provenance.record(
@@ -218,7 +221,8 @@ class _Run:
 
     def _conclude(self) -> TrainingResult:
         """Figures, the last words, the result."""
-        figures = plots.figures(self.folder, name=self.experiment.name)
+        drawable = (self.folder / run_folder.METRICS).exists()  # a caller's tracker may keep its metrics elsewhere
+        figures = plots.figures(self.folder, name=self.experiment.name) if drawable else []
         for figure in figures:
             self.tracker.log_artifact(figure, folder=run_folder.FIGURES)
         steps, taken = self.experiment.training.steps, duration(time.monotonic() - self.began)
