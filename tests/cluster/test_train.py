@@ -109,7 +109,7 @@ def test_killed_and_started_again_equals_unbroken(data, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_at_a_terminal_leaves_a_resumable_run(data, tmp_path):
     """The signal goes to the whole process group, as from a terminal; Ray's own processes must not take it."""
-    exp = two_workers(data, steps=300, checkpoint_every=20)
+    exp = two_workers(data, steps=200, checkpoint_every=20, log_every=20, validate_every=0)
     command = Command(exp, tmp_path / "run")
     assert command.signal_at(20, signal.SIGINT) == 130, command.log.read_text()
     log = command.log.read_text()

@@ -266,3 +266,18 @@ def test_two_workers_at_every_zero_stage(data, tmp_path):
     _, recorder = train(exp, tmp_path / "one")
     assert recorder.events[0].step == 3
     assert recorder.metrics("train/loss")[6] == pytest.approx(losses[5], abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_on_a_gpu_in_bf16_resumed_equals_unbroken(data, tmp_path, stage):
+    settings = {"parallel.device": "cuda", "parallel.zero_stage": stage, "checkpoint_every": 0}
+    exp = experiment(data, **settings)
+    _, recorder = train(exp, tmp_path / "whole")
+    assert recorder.events[0].details["dtype"] == "bfloat16" and recorder.events[0].details["device"] == "cuda"
+    train(exp, tmp_path / "broken", stop_after=3)
+    _, second = train(exp, tmp_path / "broken")
+    on_cpu = experiment(data)
+    _, expected = train(on_cpu, tmp_path / "cpu")
+    assert recorder.metrics("validation/loss")[6] == pytest.approx(expected.metrics("validation/loss")[6], abs=0.05)
+    assert second.metrics("train/loss")[6] == pytest.approx(recorder.metrics("train/loss")[6], abs=1e-3)
