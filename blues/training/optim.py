@@ -6,6 +6,7 @@ to the factor by which the peak learning rate is multiplied.
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from blues import config as cfg
 from blues.errors import ConfigError
 
 
-class Optimizer(cfg.Configurable, family="optimizer"):
+class Optimizer(abc.ABC, cfg.Configurable, family="optimizer"):
     """A way to update weights. `build()` gives the recipe; `make(model)` gives the torch optimizer."""
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -40,9 +41,9 @@ class Optimizer(cfg.Configurable, family="optimizer"):
     def __init__(self, config: Optimizer.Config) -> None:
         self.config = config
 
+    @abc.abstractmethod
     def make(self, model: nn.Module) -> torch.optim.Optimizer:
         """The torch optimizer over `parameter_groups(model, weight_decay)`."""
-        raise NotImplementedError
 
 
 class AdamW(Optimizer, variant="adamw"):
@@ -95,7 +96,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-class Schedule(cfg.Configurable, family="schedule"):
+class Schedule(abc.ABC, cfg.Configurable, family="schedule"):
     """The learning rate over time: a linear warm-up, then a decay from 1 to `final_fraction` of the peak."""
 
     @cfg.configclass
@@ -125,9 +126,9 @@ class Schedule(cfg.Configurable, family="schedule"):
         remaining = max(1, self.total_steps - 1 - warmup)
         return self.decay(min(1.0, (step - warmup) / remaining))
 
+    @abc.abstractmethod
     def decay(self, progress: float) -> float:
         """The factor after the warm-up; `progress` runs from 0 to 1 at the last update."""
-        raise NotImplementedError
 
 
 class Constant(Schedule, variant="constant"):
