@@ -178,9 +178,7 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, PermissionError) and error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
             raise
         where = f" {error.filename!r}" if error.filename else ""
-        return _fail(
-            name, f"cannot write or read{where}: {error.strerror}; check its permissions and free space", debug
-        )
+        return _fail(name, f"cannot use{where}: {error.strerror}; check its permissions and free space", debug)
 
 
 def _fail(name: str, sentence: str, debug: bool) -> int:
