@@ -16,12 +16,13 @@ def test_a_private_ray_listens_on_this_machine_only_and_ends_with_the_block(monk
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     import ray
 
+    before = set(psutil.Process().children(recursive=True))
     with session.connect(num_cpus=3, object_store_memory=200 * 2**20) as outer:
         assert outer.started and outer.resources["CPU"] == 3
         with session.connect() as inner:
             assert not inner.started and inner.address == outer.address
         assert ray.is_initialized(), "the inner block must not stop what it did not start"
-        family = psutil.Process().children(recursive=True)
+        family = [child for child in psutil.Process().children(recursive=True) if child not in before]
         open_to_others = {
             (child.name(), connection.laddr)
             for child in family
