@@ -13,18 +13,7 @@ import pytest
 from blues import cli, errors
 from blues.errors import BluesError, ConfigError, DataError
 
-HEAVY = (
-    "torch",
-    "ray",
-    "mlflow",
-    "deepspeed",
-    "transformers",
-    "numpy",
-    "pyarrow",
-    "matplotlib",
-    "tiktoken",
-    "requests",
-)
+HEAVY = {"torch", "ray", "mlflow", "deepspeed", "transformers", "numpy", "pyarrow", "matplotlib", "tiktoken"}
 
 
 def fake(monkeypatch, run, add_arguments=lambda parser: None, description="Do it.\n\nexample:\n  blues doit\n"):
