@@ -109,7 +109,7 @@ def tiny() -> Experiment:
             optimizer=AdamW.Config(lr=3e-3),
             schedule=Cosine.Config(warmup_steps=50),
             precision="fp32",
-            parallel=Parallel.Config(num_workers=2),
+            parallel=Parallel.Config(num_workers=2, device="cpu"),
             log_every=10,
             validate_every=100,
             validation_samples=64,
