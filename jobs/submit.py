@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             return jobs.follow(server, name)
         except KeyboardInterrupt:
             print("\nStopping the job; Ctrl-C again stops at once.", file=sys.stderr)
-            jobs.stop(server, name)
+            print(jobs.stop(server, name))
             raise
 
 

@@ -179,8 +179,8 @@ def _exit_status(details: JobDetails, out: TextIO) -> int:
     return code if code >= 0 else 128 - code  # killed by a signal: what a shell would report
 
 
-def stop(server: JobServer, submission_id: str) -> None:
-    """Ask the job to stop as by Ctrl-C, and wait until it has.
+def stop(server: JobServer, submission_id: str) -> str:
+    """Ask the job to stop as by Ctrl-C, wait until it has, and return its last words (the last line of its log).
 
     Raises:
         ClusterError: the job does not exist or the cluster is out of reach.
@@ -190,6 +190,7 @@ def stop(server: JobServer, submission_id: str) -> None:
         client.stop_job(submission_id)
         while not client.get_job_status(submission_id).is_terminal():
             time.sleep(0.2)
+        return (client.get_job_logs(submission_id).strip().splitlines() or [""])[-1]
     except Exception as error:
         raise _explained(error, server, f"stopping job {submission_id!r}") from error
 
