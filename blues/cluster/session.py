@@ -14,13 +14,14 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blues.errors import ClusterError
 
-ADDRESS = "RAY_ADDRESS"
+ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 KNOCK_S = 5.0
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for "this machine only": every port on 127.0.0.1
@@ -51,6 +52,17 @@ class Session:
         return ray.cluster_resources()
 
 
+def resolve(address: str | None) -> str:
+    """Where `connect(address)` would connect a process that is not connected yet."""
+    return address or os.environ.get(ADDRESS) or LOCAL
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to Ray already (a driver, or a worker such as a trial of a sweep)."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 @contextlib.contextmanager
 def connect(
     address: str | None = None,
@@ -70,8 +82,8 @@ def connect(
     Raises:
         ClusterError: Ray cannot be started, or nothing answers at the address.
     """
-    chosen = address or os.environ.get(ADDRESS) or "local"
-    local = chosen == "local"
+    chosen = resolve(address)
+    local = chosen == LOCAL
     with _environment(QUIET_ENVIRONMENT | (LOCAL_ENVIRONMENT if local else {})):
         import ray
 
@@ -142,7 +154,7 @@ def _knock(address: str) -> None:
 def _explained(error: Exception, address: str) -> ClusterError:
     """One sentence for Ray's account of why there is no connection."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if address == "local":
+    if address == LOCAL:
         return ClusterError(f"a local Ray could not be started: {reason}")
     return ClusterError(
         f"no Ray cluster answers at {address} ({reason}); check --address and {ADDRESS}, or leave both out to run here"

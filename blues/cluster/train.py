@@ -24,6 +24,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from blues import config as cfg
 from blues import errors
 from blues.cluster import run_folder, session
@@ -86,6 +88,8 @@ def run_training(
     """
     screen = Progress(experiment.name, experiment.training.steps, out=out) if progress else None
     fingerprint = _open_data(experiment)
+    if session.resolve(address) == session.LOCAL and not session.is_connected():
+        choose_device(experiment, torch.cuda.device_count(), all_there_is=True)  # before anything is written
     with run_folder.hold(run_dir, experiment, fresh=fresh) as folder:
         newest = latest_checkpoint(folder, screen.warn if screen else lambda message: None)
         start = read_checkpoint(newest, verify=False).step if newest else 0
@@ -159,7 +163,8 @@ class _Run:
         # Importing Ray Train takes as long as starting Ray, which mostly waits: do both at once.
         threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
         with self._signals(), session.connect(address, num_cpus=cpus) as ray_session:
-            device = choose_device(self.experiment, ray_session)
+            gpus = int(ray_session.resources.get("GPU", 0))
+            device = choose_device(self.experiment, gpus, all_there_is=ray_session.started)
             record = provenance.record(
                 self.experiment, data_fingerprint=self.fingerprint, device=f"{parallel.num_workers} x {device}"
             )
@@ -273,16 +278,18 @@ class _Run:
                 signal.signal(number, previous)
 
 
-def choose_device(experiment: Experiment, ray_session: session.Session) -> str:
-    """What the workers compute on: as configured, `auto` is CUDA if the cluster offers any GPU.
+def choose_device(experiment: Experiment, gpus: int, *, all_there_is: bool) -> str:
+    """What the workers compute on: as configured, `auto` is CUDA if there is any GPU.
+
+    Args:
+        gpus: how many there are now. all_there_is: whether no more will come (this machine, not a growing cluster).
 
     Raises:
-        ConfigError: CUDA was asked of a private local cluster that has too few GPUs.
+        ConfigError: CUDA, and fewer GPUs than workers.
     """
     parallel = experiment.training.parallel
-    gpus = int(ray_session.resources.get("GPU", 0))
     device = ("cuda" if gpus else "cpu") if parallel.device == "auto" else parallel.device
-    if device == "cuda" and gpus < parallel.num_workers and ray_session.started:
+    if device == "cuda" and gpus < parallel.num_workers and all_there_is:
         raise ConfigError(
             f"training.parallel.device={parallel.device} with num_workers={parallel.num_workers} needs as many GPUs "
             f"and this machine has {gpus}; use training.parallel.device=cpu, fewer workers, or --address of a cluster"

@@ -37,7 +37,7 @@ class Engine:
     ) -> None:
         """`leaf_modules`: module classes whose parts run or not depending on the data (experts); ZeRO-3 must fetch
         them whole or its workers wait for each other forever (DeepSpeed issue 5008)."""
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_deepspeed(ranks.device)
         self.model, self.ranks, self.optimizer = model, ranks, optimizer
         self.zero_stage, self.dtype, self.gradient_clipping = zero_stage, dtype, gradient_clipping
         self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -175,16 +175,24 @@ class Engine:
                 values[STEP] = torch.full_like(torch.as_tensor(values[STEP]), step)
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without its shared-memory operator, and its state accessors.
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for this kind of device, without its shared-memory operator, and with its state accessors.
 
     That operator serves inference only; building it takes a C++ compiler, 20 s, and a race between two workers.
+
+    Raises:
+        RuntimeError: this process has used DeepSpeed on another kind of device, which it cannot change.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
         import deepspeed.ops
         import deepspeed.utils
+        from deepspeed.accelerator import get_accelerator
+    if get_accelerator().device_name() != device.type:
+        raise RuntimeError(
+            f"DeepSpeed serves {get_accelerator().device_name()} in this process; train on {device.type} in another one"
+        )
     deepspeed.ops.__compatible_ops__ = {}  # consulted for that operator alone
     # DeepSpeed calls torch.distributed by names that torch 2.13 deprecates, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -235,28 +235,27 @@ def test_data_that_cannot_be_used_is_told_before_anything_is_written(data, tmp_p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without CUDA")
-def test_cuda_that_is_not_there_is_told_by_the_driver(data):
+def test_cuda_that_is_not_there_is_told_before_anything_is_written(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "is_connected", lambda: False)  # as at a prompt, without this module's Ray
     exp = two_workers(data, **{"parallel.device": "cuda"})
-    bare = FakeSession({"CPU": 2})
     with pytest.raises(ConfigError, match="num_workers=2 needs as many GPUs and this machine has 0"):
-        choose_device(exp, bare)
+        run_training(exp, tmp_path / "run", address="local")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "chosen"), [("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda")]
+    ("asked", "gpus", "chosen"),
+    [("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda"), ("auto", 1, None)],
 )
 def test_auto_takes_gpus_if_there_are_any(data, asked, gpus, chosen):
     exp = two_workers(data, **{"parallel.device": asked})
-    assert choose_device(exp, FakeSession({"GPU": gpus})) == chosen
+    if chosen is None:
+        with pytest.raises(ConfigError, match="needs as many GPUs and this machine has 1"):
+            choose_device(exp, gpus, all_there_is=True)
+    else:
+        assert choose_device(exp, gpus, all_there_is=True) == chosen
 
 
-class FakeSession(session.Session):
-    """A private local cluster with these resources."""
-
-    def __init__(self, resources) -> None:
-        super().__init__(address="local", started=True)
-        object.__setattr__(self, "_resources", resources)
-
-    @property
-    def resources(self):
-        return self._resources
+def test_a_growing_cluster_may_still_bring_the_gpus(data):
+    exp = two_workers(data, **{"parallel.device": "cuda"})
+    assert choose_device(exp, 0, all_there_is=False) == "cuda"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -268,16 +270,22 @@ def test_two_workers_at_every_zero_stage(data, tmp_path):
     assert recorder.metrics("train/loss")[6] == pytest.approx(losses[5], abs=1e-6)
 
 
+def on_gpu(data: Path, root: Path, stage: int) -> tuple[Recorder, Recorder]:
+    """An unbroken run, and the second half of a broken one, in a process of its own: DeepSpeed keeps one device."""
+    exp = experiment(data, checkpoint_every=0, **{"parallel.device": "cuda", "parallel.zero_stage": stage})
+    _, whole = train(exp, root / "whole")
+    train(exp, root / "broken", stop_after=3)
+    return whole, train(exp, root / "broken")[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_on_a_gpu_in_bf16_resumed_equals_unbroken(data, tmp_path, stage):
-    settings = {"parallel.device": "cuda", "parallel.zero_stage": stage, "checkpoint_every": 0}
-    exp = experiment(data, **settings)
-    _, recorder = train(exp, tmp_path / "whole")
-    assert recorder.events[0].details["dtype"] == "bfloat16" and recorder.events[0].details["device"] == "cuda"
-    train(exp, tmp_path / "broken", stop_after=3)
-    _, second = train(exp, tmp_path / "broken")
-    on_cpu = experiment(data)
-    _, expected = train(on_cpu, tmp_path / "cpu")
-    assert recorder.metrics("validation/loss")[6] == pytest.approx(expected.metrics("validation/loss")[6], abs=0.05)
-    assert second.metrics("train/loss")[6] == pytest.approx(recorder.metrics("train/loss")[6], abs=1e-3)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        whole, resumed = pool.submit(on_gpu, data, tmp_path, stage).result()
+    start = whole.events[0].details
+    assert start["dtype"] == "bfloat16" and start["device"] == "cuda"
+    _, expected = train(experiment(data), tmp_path / "cpu")
+    assert whole.metrics("validation/loss")[6] == pytest.approx(expected.metrics("validation/loss")[6], abs=0.05)
+    assert resumed.events[0].step == 3
+    assert resumed.metrics("train/loss")[6] == pytest.approx(whole.metrics("train/loss")[6], abs=1e-3)
