@@ -1,0 +1,145 @@
+"""One task of preparing a dataset: read a group of parts, tokenize, write one chunk for each split.
+
+In: the parts, the tokenizer, the rule that splits documents. Out: chunks and rejected rows on disk, and a `TaskResult`
+beside them that says the task is done. A task's files depend on its input and settings alone, so any number of
+processes may share the tasks, and a task that was interrupted is simply done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from blues import config as cfg
+from blues.data import store as st
+from blues.data.readers import Document, Part, Record, Rejected, read_part
+from blues.data.tokenizer import Tokenizer
+
+TASKS = "tasks"
+"""Where the results lie while a dataset is being made."""
+
+HASH_RANGE = 1 << 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out: those whose id hashes below `threshold` (of 2**64), for any order and grouping."""
+
+    threshold: int
+
+    @classmethod
+    def fraction(cls, share: float) -> Split:
+        """Hold out this share of the documents."""
+        return cls(int(share * HASH_RANGE))
+
+    def of(self, place: int) -> str:
+        """The split of a document with this `place_of`."""
+        return "validation" if place < self.threshold else "train"
+
+
+def place_of(document_id: str) -> int:
+    """Where an id falls in [0, 2**64): uniform, and the same on every machine."""
+    return xxhash.xxh3_64_intdigest(document_id.encode(), seed=0)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a finished task left. rejected: rows by reason. lowest, highest: `place_of` its documents, None without."""
+
+    chunks: tuple[st.ChunkRecord, ...]
+    rejected: dict[str, int] = field(default_factory=dict)
+    lowest: int | None = None
+    highest: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)
+
+    @property
+    def documents(self) -> int:
+        return sum(chunk.documents for chunk in self.chunks)
+
+    @classmethod
+    def read(cls, directory: Path, number: int) -> TaskResult | None:
+        """The result of task `number`, or None if it is not finished (or its files are not all there)."""
+        try:
+            tree = json.loads(result_file(directory, number).read_bytes())
+            result = cls(**{**tree, "chunks": tuple(st.ChunkRecord.from_tree(chunk) for chunk in tree["chunks"])})
+            records = [record for chunk in result.chunks for record in (chunk.data, chunk.index)]
+            whole = all((directory / record.file).stat().st_size == record.bytes for record in records)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return result if whole and rejected_file(directory, number).is_file() else None
+
+
+def result_file(directory: Path, number: int) -> Path:
+    """Says that a task is done; written last."""
+    return directory / TASKS / f"{number:05d}.json"
+
+
+def rejected_file(directory: Path, number: int) -> Path:
+    """The rows a task could not use, as JSON Lines."""
+    return directory / TASKS / f"{number:05d}.rejected.jsonl"
+
+
+def run_task(
+    directory: Path, number: int, root: Path, parts: Sequence[Part], tokenizer: Tokenizer, split: Split
+) -> TaskResult:
+    """Do task `number` of the dataset that grows in `directory`.
+
+    Raises:
+        DataError: a file vanished, changed or cannot be read.
+    """
+    (directory / TASKS).mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    places: list[int] = []
+    writers: dict[str, st.ChunkWriter] = {}
+    with ExitStack() as undo:
+        with open(rejected_file(directory, number), "wb") as quarantine:
+            for record in _records(root, parts):
+                if isinstance(record, Rejected):
+                    counts[record.reason] += record.rows
+                    quarantine.write(st.encode_json(_tree(record)))
+                    continue
+                place = place_of(record.id)
+                places.append(place)
+                name = split.of(place)
+                if name not in writers:
+                    writers[name] = st.ChunkWriter(directory, name, number)
+                    undo.callback(writers[name].abort)
+                _add(writers[name], record, tokenizer)
+            quarantine.flush()
+            os.fsync(quarantine.fileno())
+        chunks = tuple(writers[name].close() for name in st.SPLITS if name in writers)
+        undo.pop_all()
+    result = TaskResult(chunks, dict(counts), min(places, default=None), max(places, default=None))
+    cfg.write_atomic(result_file(directory, number), st.encode_json(asdict(result)))
+    return result
+
+
+def _records(root: Path, parts: Sequence[Part]) -> Iterator[Record]:
+    for part in parts:
+        yield from read_part(root, part)
+
+
+def _tree(record: Rejected) -> Mapping[str, object]:
+    return {key: value for key, value in asdict(record).items() if value not in ("", 1) or key == "row"}
+
+
+def _add(writer: st.ChunkWriter, document: Document, tokenizer: Tokenizer) -> None:
+    tokens = np.append(tokenizer.encode_array(document.text), np.uint32(tokenizer.eot_id))
+    writer.add(
+        tokens,
+        id=document.id,
+        source=document.source,
+        text_bytes=len(document.text.encode("utf-8")),
+        metadata=document.metadata,
+    )

@@ -1,0 +1,128 @@
+"""Turn raw files into a dataset: read, tokenize, and write chunks with a manifest, in parallel with Ray Data.
+
+Reads CSV, TSV, JSON Lines (also .gz and .zst), Parquet, plain text and source code. Rows that cannot be used are not
+lost: they are listed with file, row and reason in quarantine.jsonl. The same command again goes on after an
+interruption, and does nothing when the dataset is there.
+
+examples:
+  blues prepare --dataset notes.csv --data-cache-dir data/notes
+  blues prepare --dataset posts.jsonl.gz --text-column body --id-column url --data-cache-dir data/posts
+  blues prepare --input-dir src --vocab-size 4096 --data-cache-dir data/code
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+PLAIN_LINE_S = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", metavar="FILE", help="a file of any of the formats above")
+    source.add_argument("--input-dir", metavar="DIR", help="a folder: every file below it that Blues can read")
+    parser.add_argument("--data-cache-dir", required=True, metavar="DIR", help="where the dataset is written")
+    parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: text, content or code)")
+    parser.add_argument("--id-column", metavar="NAME", help="column of the documents' ids (default: file and row)")
+    parser.add_argument("--format", metavar="KIND", help="csv, jsonl, parquet, text or source, if the name lies")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="keep the first N ids of o200k_base (default: all; tiny uses 4096)"
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.05, metavar="X", help="share of the documents that is held out"
+    )
+    parser.add_argument("--num-workers", type=int, metavar="N", help="processes (default: one for each CPU)")
+    parser.add_argument("--overwrite", action="store_true", help="replace another dataset in the folder")
+    parser.add_argument("--address", help="running Ray cluster (default: RAY_ADDRESS, else a private local one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from blues.cluster.prepare import prepare
+    from blues.data.sources import plan
+    from blues.data.tokenizer import Tokenizer
+    from blues.errors import ConfigError
+
+    if args.num_workers is not None and args.num_workers < 1:
+        raise ConfigError(f"--num-workers must be at least 1, got {args.num_workers}")
+    tokenizer = Tokenizer.Config(vocab_size=args.vocab_size)
+    planned = plan(
+        args.dataset or args.input_dir, text_column=args.text_column, id_column=args.id_column, kind=args.format
+    )
+    screen = Screen()
+    store = prepare(
+        planned,
+        args.data_cache_dir,
+        tokenizer,
+        validation_fraction=args.validation_fraction,
+        num_workers=args.num_workers,
+        address=args.address,
+        overwrite=args.overwrite,
+        report=screen.show,
+    )
+    screen.finish(store, planned)
+    return 0
+
+
+class Screen:
+    """The live line (plain lines where there is no terminal) and the table at the end."""
+
+    def __init__(self) -> None:
+        self.interactive = sys.stderr.isatty()
+        self.last = time.monotonic()
+        self.state = None
+
+    def show(self, state) -> None:
+        from blues.cluster.prepare import count_bytes
+        from blues.cluster.progress import count
+
+        self.state = state
+        done = state.tasks_done == state.tasks
+        if not self.interactive and not done and time.monotonic() - self.last < PLAIN_LINE_S:
+            return
+        self.last = time.monotonic()
+        line = (
+            f"{count_bytes(state.bytes_done)} of {count_bytes(state.bytes)}  {count(state.documents)} documents  "
+            f"{count(state.tokens)} tokens"
+        )
+        sys.stderr.write(f"\r\x1b[2K{line}" if self.interactive else f"{line}\n")
+        sys.stderr.flush()
+
+    def finish(self, store, planned) -> None:
+        if self.interactive and self.state is not None:
+            sys.stderr.write("\r\x1b[2K")
+        print("\n".join(summary(store, planned, self.state)))
+
+
+def summary(store, planned, state) -> list[str]:
+    """What was made of what, in lines."""
+    from blues.cluster.prepare import count_bytes
+
+    manifest = store.manifest
+    lines = [f"{store.path}: {manifest['documents']:,} documents from {planned.files:,} files"]
+    for split, tree in manifest["splits"].items():
+        lines.append(
+            f"  {split:<11} {tree['documents']:>9,} documents  {tree['tokens']:>13,} tokens  "
+            f"{count_bytes(tree['text_bytes']):>9} of text  {len(tree['chunks']):>5} chunks"
+        )
+    rejected = manifest["rejected"]
+    if rejected:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        lines.append(f"  rejected    {sum(rejected.values()):>9,} rows: {reasons}; see {store.path}/quarantine.jsonl")
+    if planned.ignored:
+        passed = ", ".join(f"{count:,} {what}" for what, count in planned.ignored.items())
+        lines.append(f"  passed over {sum(planned.ignored.values()):>9,} files: {passed}")
+    if state is None:
+        lines.append("  it was there already; nothing was done")
+    else:
+        rate = state.bytes / max(state.seconds, 1e-9)
+        before = f", {state.resumed:,} of {state.tasks:,} parts from an earlier start" if state.resumed else ""
+        lines.append(f"  {state.seconds:.1f} s, {count_bytes(rate)}/s{before}")
+    return lines
+
+
+if __name__ == "__main__":
+    from blues.cli import run_job
+
+    raise SystemExit(run_job("prepare"))
