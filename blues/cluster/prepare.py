@@ -15,6 +15,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,13 @@ class _Work:
             return
         with session.connect(address, num_cpus=num_workers) as connected:
             workers = num_workers or max(1, int(connected.resources.get("CPU", 1)))
-            for number, result in self._map(missing, min(workers, len(missing))):
+            # Ray warns on the terminal of every actor it may restart; on this one machine none needs to be.
+            restarts = {"max_restarts": 0} if connected.started else {}
+            for number, result in self._map(missing, min(workers, len(missing)), restarts):
                 self.results[number] = result
                 self.report(self.state())
 
-    def _map(self, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, TaskResult]]:
+    def _map(self, numbers: Sequence[int], workers: int, options: dict[str, Any]) -> Iterator[tuple[int, TaskResult]]:
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -133,15 +136,19 @@ class _Work:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # the caller's report says how far it is
         dataset = ray.data.from_items(
             [{"task": number} for number in numbers], override_num_blocks=min(len(numbers), 16 * workers)
-        ).map_batches(
-            cast(Any, _Worker),
-            fn_constructor_args=(self.partial.absolute(), self.plan.root.absolute(), self.tokenizer, self.split),
-            fn_kwargs={"tasks": ray.put(self.tasks)},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=1,
         )
-        for row in dataset.iter_rows():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray 2.60 has no other way yet to pass `max_restarts`
+            done = dataset.map_batches(
+                cast(Any, _Worker),
+                fn_constructor_args=(self.partial.absolute(), self.plan.root.absolute(), self.tokenizer, self.split),
+                fn_kwargs={"tasks": ray.put(self.tasks)},
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=1,
+                **options,
+            )
+        for row in done.iter_rows():
             if row["error"]:
                 raise DataError(row["error"])
             number = int(row["task"])

@@ -27,7 +27,6 @@ LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for "this machine only": every port on 127.0.0.1
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long agents outlive a killed head (default 60)
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one more process, to watch for a cloud that is not there
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ parts write warnings about themselves to our terminal
 }
 QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
