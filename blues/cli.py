@@ -82,6 +82,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of `argv`, or leave what is unknown in `job_arguments` if the job declared it."""
+        if "-h" in argv or "--help" in argv:  # asked before argparse hides the positionals to mix them with options
+            self.print_help()
+            self.exit()
         if self.get_default(FORWARDED) is not None:
             own, separator, rest = _partition(list(argv), "--")
             args, unknown = self.parse_known_args(own)

@@ -38,8 +38,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.space is None:
         raise ConfigError(f"say what to vary, e.g. `blues sweep router`; there are: {', '.join(spaces.SPACES)}")
-    data = [f"data.path={args.data_cache_dir}"] if args.data_cache_dir else []
-    base = resolve(args.experiment, [*args.overrides, *data])
+    base = resolve(args.experiment, args.overrides)
+    if args.data_cache_dir:
+        base = base.override({"data.path": args.data_cache_dir})
     space = spaces.parse(args.space, base)
     trials = sweep.plan(base, space.sample(args.trials) if args.trials is not None else space, seeds=args.seeds)
     name = sweep.slug(f"sweep {args.space}")

@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 
 INTERRUPTED = 130
+DEFAULT = "blues01"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="name or YAML file of an experiment")
+    parser.add_argument(
+        "experiment", nargs="?", default=DEFAULT, metavar="EXPERIMENT", help="name or YAML file of an experiment"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changed settings, e.g. training.steps=1000")
     parser.add_argument("--data-cache-dir", metavar="DIR", help="prepared or merged dataset (data.path)")
     parser.add_argument("--run-dir", metavar="DIR", help="run folder (default: runs/NAME)")
@@ -29,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from blues.cluster.train import run_training
     from tuning.experiments import resolve
 
-    experiment = resolve(args.experiment, args.overrides)
+    name, overrides = args.experiment, args.overrides
+    if "=" in name:  # the experiment was left out, and the first override stands in its place
+        name, overrides = DEFAULT, [name, *overrides]
+    experiment = resolve(name, overrides)
     if args.data_cache_dir:
         experiment = experiment.override({"data.path": args.data_cache_dir})
     result = run_training(experiment, args.run_dir or f"runs/{experiment.name}", address=args.address, fresh=args.fresh)

@@ -159,6 +159,17 @@ def test_options_and_overrides_come_in_any_order():
         assert (args.experiment, args.data_cache_dir, args.overrides) == ("tiny", "d", ["a.b=1", "c=2"])
 
 
+def test_train_without_a_name_is_blues01(capsys):
+    """The words of Blues-01: `train --data-cache-dir DIR`."""
+    assert cli.job_parser("train").parse(["--data-cache-dir", "d"]).experiment == "blues01"
+    for words in (
+        ["train", "--data-cache-dir", "nowhere"],
+        ["train", "training.steps=3", "--data-cache-dir", "nowhere"],
+    ):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err.startswith("blues train: dataset 'nowhere' does not exist")
+
+
 def test_submit_keeps_its_own_options_and_hands_the_others_on():
     args = cli.job_parser("submit").parse(
         ["train", "tiny", "--data-cache-dir", "d", "--address", "http://h:8265", "steps=1", "--", "--address", "auto"]
