@@ -17,6 +17,7 @@ import sys
 import time
 
 PLAIN_LINE_S = 5.0
+MOST_LISTED = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +112,9 @@ def summary(store, planned, state) -> list[str]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
         lines.append(f"  rejected    {sum(rejected.values()):>9,} rows: {reasons}; see {store.path}/quarantine.jsonl")
     if planned.ignored:
-        passed = ", ".join(f"{count:,} {what}" for what, count in planned.ignored.items())
+        kinds = sorted(planned.ignored.items(), key=lambda item: -item[1])
+        passed = ", ".join(f"{count:,} {what}" for what, count in kinds[:MOST_LISTED])
+        passed += f", {len(kinds) - MOST_LISTED} other kinds" if len(kinds) > MOST_LISTED else ""
         lines.append(f"  passed over {sum(planned.ignored.values()):>9,} files: {passed}")
     if state is None:
         lines.append("  it was there already; nothing was done")

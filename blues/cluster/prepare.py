@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from blues import config as cfg
 from blues.cluster import session
 from blues.data import store as st
-from blues.data.shards import TASKS, Split, TaskResult, rejected_file, result_file, run_task
+from blues.data.shards import TASKS, Split, TaskResult, rejected_file, rejected_line, result_file, run_task
 from blues.data.sources import Plan
 from blues.data.tokenizer import Tokenizer
 from blues.errors import BluesError, DataError
@@ -187,12 +187,13 @@ class _Work:
     def finish(self, request: dict[str, Any]) -> None:
         """Join the rejected rows, remove what only the making needed, write the manifest."""
         ordered = [self.results[number] for number in range(len(self.tasks))]
-        rejected: Counter[str] = Counter()
+        rejected = Counter(record.reason for record in self.plan.rejected)
         for result in ordered:
             rejected.update(result.rejected)
         if not any(result.documents for result in ordered):
             raise DataError(_nothing_usable(self.plan, rejected, self.partial, len(ordered)))
-        content = b"".join(rejected_file(self.partial, number).read_bytes() for number in range(len(ordered)))
+        lines = [rejected_line(record) for record in self.plan.rejected]
+        content = b"".join([*lines, *(rejected_file(self.partial, n).read_bytes() for n in range(len(ordered)))])
         cfg.write_atomic(self.partial / st.QUARANTINE, content)
         quarantine = st.FileRecord(st.QUARANTINE, len(content), xxhash.xxh3_128_hexdigest(content))
         st.write_manifest(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -107,7 +107,7 @@ def run_task(
             for record in _records(root, parts):
                 if isinstance(record, Rejected):
                     counts[record.reason] += record.rows
-                    quarantine.write(st.encode_json(_tree(record)))
+                    quarantine.write(rejected_line(record))
                     continue
                 place = place_of(record.id)
                 places.append(place)
@@ -130,8 +130,14 @@ def _records(root: Path, parts: Sequence[Part]) -> Iterator[Record]:
         yield from read_part(root, part)
 
 
-def _tree(record: Rejected) -> Mapping[str, object]:
-    return {key: value for key, value in asdict(record).items() if value not in ("", 1) or key == "row"}
+def rejected_line(record: Rejected) -> bytes:
+    """One line of quarantine.jsonl: file, row, reason, and detail and number of rows where they say something."""
+    tree = asdict(record)
+    if not record.detail:
+        del tree["detail"]
+    if record.rows == 1:
+        del tree["rows"]
+    return st.encode_json(tree)
 
 
 def _add(writer: st.ChunkWriter, document: Document, tokenizer: Tokenizer) -> None:

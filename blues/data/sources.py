@@ -30,6 +30,7 @@ from blues.data.readers import (
     Lines,
     LineTooLong,
     Part,
+    Rejected,
     csv_delimiter,
     csv_header,
     open_stream,
@@ -65,11 +66,13 @@ WHOLE = 1 << 62
 @dataclass(frozen=True)
 class Plan:
     """What will be read. `root`: the folder that the parts' files are relative to; `name`: what the source is called;
-    `ignored`: files of a walked folder that are not read, by suffix or reason; `content`: checksum of all files."""
+    `rejected`: tables of a walked folder that cannot be read; `ignored`: its other files that are not read, by suffix
+    or reason; `content`: checksum of all files."""
 
     root: Path
     name: str
     parts: tuple[Part, ...]
+    rejected: tuple[Rejected, ...]
     ignored: dict[str, int]
     content: str
 
@@ -121,15 +124,25 @@ def plan(
     else:
         raise DataError(f"there is no file or folder {str(path)!r}; check the path")
     parts: list[Part] = []
+    rejected: list[Rejected] = []
     digest = xxhash.xxh3_128()
     for file in files:
         try:
-            found = _plan_file(root, file, _kind(path, file, kind), text_column, id_column)
+            try:
+                found = _plan_file(root, file, _kind(path, file, kind), text_column, id_column)
+            except DataError as error:
+                if path.is_file():
+                    raise
+                found = []  # one table of a folder does not stop the rest
+                detail = str(error).replace(repr(str(root / file)), "it")  # a dataset names no folder of this machine
+                rejected.append(Rejected(file, None, "table that cannot be read", detail))
             digest.update(f"{os.fspath(file)}\0".encode("utf-8", "surrogateescape"))
             _hash_file(root / file, digest)
         except OSError as error:
             raise DataError(f"cannot read {str(root / file)!r}: {error.strerror or error}") from None
         parts += found
+    if rejected and (not parts or (text_column and all(part.text_column is None for part in parts))):
+        raise DataError(f"no table in {str(path)!r} can be read; {rejected[0].file}: {rejected[0].detail}")
     if not parts:
         found_text = ", ".join(f"{count} {what}" for what, count in ignored.most_common(5))
         raise DataError(
@@ -137,7 +150,14 @@ def plan(
             + (f" (passed over: {found_text})" if found_text else "; it is empty")
             + "; Blues reads .csv .tsv .jsonl .parquet .txt .md and source code, or say --format"
         )
-    return Plan(root, path.resolve().name, tuple(parts), dict(sorted(ignored.items())), digest.hexdigest())
+    return Plan(
+        root=root,
+        name=path.resolve().name,
+        parts=tuple(parts),
+        rejected=tuple(rejected),
+        ignored=dict(sorted(ignored.items())),
+        content=digest.hexdigest(),
+    )
 
 
 def _walk(root: Path, kind: str | None, ignored: Counter[str]) -> Iterator[str]:
