@@ -46,7 +46,11 @@ def run(args: argparse.Namespace) -> int:
     name = sweep.slug(f"sweep {args.space}")
     print(f"{len(trials)} trials of {base.training.steps:,} steps: {', '.join(trial.name for trial in trials)}")
     folder = args.run_dir or f"runs/{name}"
-    result = sweep.run_sweep(trials, folder, name=name, max_concurrent=args.concurrent, address=args.address)
+    try:
+        result = sweep.run_sweep(trials, folder, name=name, max_concurrent=args.concurrent, address=args.address)
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from the newest checkpoint of every trial.", file=sys.stderr)
+        raise
     if result.comparison is not None:
         print(f"\n{result.comparison.table()}\n\n{result.comparison.verdict()}\n")
         print("\n".join(f"wrote {file}" for file in result.files))

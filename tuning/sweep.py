@@ -211,8 +211,8 @@ def _tune(
     address: str | None,
 ) -> dict[str, str]:
     """Run these trials under Ray Tune; the reason of each that failed."""
-    parallel = trials[0].experiment.training.parallel
-    cpus = max(os.cpu_count() or 1, parallel.num_workers * parallel.cpus_per_worker)
+    needed = (trial.experiment.training.parallel for trial in trials)
+    cpus = max(os.cpu_count() or 1, *(parallel.num_workers * parallel.cpus_per_worker for parallel in needed))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune's own would swallow Ctrl-C and return
     reasons: dict[str, str] = {}
     with session.connect(address, num_cpus=cpus) as connection:
