@@ -99,7 +99,8 @@ def open_stream(path: Path) -> BinaryIO:
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
         return open(path, "rb", buffering=1 << 20)
-    return cast(BinaryIO, io.BufferedReader(_Decompressed(path, compression), buffer_size=1 << 20))
+    # A small buffer: a read that reaches the damaged place gives nothing of what lies before it.
+    return cast(BinaryIO, io.BufferedReader(_Decompressed(path, compression), buffer_size=1 << 16))
 
 
 class _Decompressed(io.RawIOBase):

@@ -267,7 +267,7 @@ def _json_columns(path: Path) -> list[str]:
         for _ in range(COLUMN_SAMPLE):
             try:
                 value = json.loads(next(lines))
-            except StopIteration:
+            except (StopIteration, DamagedStream):
                 break
             except (ValueError, RecursionError, LineTooLong):  # rejected when its turn comes, row by row
                 continue
