@@ -25,7 +25,7 @@ LAZY = ("transformers", "tokenizers", "mlflow", "shtab")
 """Imported inside functions only: each costs seconds, or is needed by one command."""
 
 ORDER = (
-    ("blues", "blues.errors", "blues.config"),
+    ("blues", "blues.errors", "blues.config", "blues.table"),
     ("blues.syntax",),
     ("blues.data",),
     ("blues.kernels",),

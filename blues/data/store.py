@@ -233,6 +233,10 @@ class Store:
             position, chunk = end, chunk + 1
         return out
 
+    def chunk(self, split: str, number: int) -> np.ndarray:
+        """All tokens of one chunk, memory-mapped and read-only: uint32."""
+        return self._map(_known(split), number)
+
     def documents(self, split: str, chunk: int | None = None) -> Iterator[StoredDocument]:
         """The documents of a split, or of one of its chunks, in order."""
         numbers = range(len(self.chunks[_known(split)])) if chunk is None else [chunk]

@@ -25,6 +25,7 @@ from blues.evaluation.perplexity import Score, Windows, byte_lengths, perplexity
 from blues.evaluation.unigram import UnigramEntropy, unigram_entropy
 from blues.inference.loading import LoadedModel
 from blues.model.transformer import is_mixture
+from blues.table import align
 from blues.tracking.metrics import ExpertStatistics, ExpertSummary
 
 __all__ = ["Evaluation", "Report", "Result", "UnigramEntropy", "unigram_entropy"]
@@ -116,7 +117,7 @@ class Report:
         ]
         if len(self.results) > 1:
             rows.append(_cells("mixture", 1.0, self.total.tokens, self.cross_entropy, self.bits_per_byte))
-        parts = [self.subject, align(rows)]
+        parts = [self.subject, *align(rows)]
         sampled = [r for r in self.results if r.score.tokens < r.available - 1]
         for result in sampled:
             parts.append(f"{result.name}: {result.score.tokens:,} of {result.available:,} tokens, evenly spread.")
@@ -338,17 +339,7 @@ def expert_table(experts: ExpertSummary) -> str:
             experts.layers, experts.balance_L, experts.load_entropy_L, experts.load_LE, strict=True
         )
     ]
-    return f"Experts over {experts.tokens:,} tokens:\n{align([header, *rows])}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return "\n".join([f"Experts over {experts.tokens:,} tokens:", *align([header, *rows])])
 
 
 def _cells(name: str, weight: float, tokens: int, cross_entropy: float, bits_per_byte: float) -> list[str]:

@@ -1,0 +1,211 @@
+"""Check a dataset from end to end, and say what it holds.
+
+In: a prepared or merged dataset. Out: a `Report`: issues (each names a file), and statistics of every source and split.
+
+Checked are the manifest's own checksum, the size and xxh3-128 of every file, whether documents, tokens and manifest
+agree, and whether a sample of documents, decoded and tokenized again, gives the same tokens. A merged dataset is
+checked source by source; a source that was prepared again after the merge is an issue.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from blues.data import store as st
+from blues.data.merge import Dataset, open_dataset
+from blues.errors import DataError
+from blues.table import align
+
+SAMPLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One split of one source. Lengths are tokens of a document, its `<|endoftext|>` included; `used_ids` are the
+    distinct token ids that occur, of `vocabulary` ids; weight is the source's share of the training samples."""
+
+    source: str
+    split: str
+    weight: float
+    documents: int
+    tokens: int
+    text_bytes: int
+    median_length: float
+    longest: int
+    used_ids: int
+    vocabulary: int
+    duplicates: int
+    """Documents whose tokens equal those of an earlier document of the same dataset, merged or not."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found."""
+
+    path: Path
+    issues: tuple[st.Issue, ...]
+    statistics: tuple[Statistics, ...]
+    rejected: int
+    retokenized: int
+    """Documents that were decoded and tokenized again."""
+
+    @property
+    def good(self) -> bool:
+        """Nothing is wrong."""
+        return not self.issues
+
+    def json(self) -> str:
+        """All of it."""
+        tree = {"path": str(self.path), "good": self.good, **asdict(self)}
+        return json.dumps({**tree, "path": str(self.path)}, indent=2)
+
+    def table(self) -> str:
+        """For a person."""
+        lines = [f"dataset {self.path}"]
+        if self.statistics:
+            lines += ["", *align([_HEADER, *(_row(line) for line in self.statistics)]), ""]
+            tokens, documents = (sum(getattr(s, name) for s in self.statistics) for name in ("tokens", "documents"))
+            lines.append(f"{documents:,} documents, {tokens:,} tokens; {self.rejected:,} rejected rows in quarantine")
+            copies = sum(line.duplicates for line in self.statistics)
+            if copies:
+                lines.append(f"{copies:,} documents are exact copies of another one")
+        if self.good:
+            lines.append(f"good: all checksums hold, {self.retokenized:,} documents tokenize to what is stored")
+        else:
+            lines.append(f"{len(self.issues):,} issue{'s' if len(self.issues) != 1 else ''}:")
+            lines += [f"  {issue}" for issue in self.issues]
+            lines.append("restore the files, or prepare the dataset again with --overwrite")
+        return "\n".join(lines)
+
+
+_HEADER = ("source", "split", "weight", "documents", "tokens", "MB of text", "median", "longest", "ids used", "copies")
+
+
+def _row(line: Statistics) -> tuple[str, ...]:
+    coverage = f"{100 * line.used_ids / line.vocabulary:.1f}%"
+    return (
+        *(line.source, line.split, f"{line.weight:.3f}", f"{line.documents:,}", f"{line.tokens:,}"),
+        *(f"{line.text_bytes / 1e6:.2f}", f"{line.median_length:,.0f}", f"{line.longest:,}", coverage),
+        f"{line.duplicates:,}",
+    )
+
+
+def verify(path: str | Path, *, sample: int = 200) -> Report:
+    """Read all of a dataset and check it.
+
+    Args:
+        sample: documents of each source, spread over it, that are tokenized again.
+
+    Raises:
+        DataError: there is no dataset at `path` at all. (A damaged one is a report with issues.)
+    """
+    path = Path(path)
+    try:
+        dataset = open_dataset(path)
+    except DataError as error:
+        if not (path / st.MANIFEST).exists() and not (path / st.MIXTURE).exists():
+            raise
+        return Report(path, (st.Issue(str(path), str(error)),), (), rejected=0, retokenized=0)
+    issues: list[st.Issue] = []
+    statistics: list[Statistics] = []
+    seen: set[bytes] = set()
+    retokenized = rejected = 0
+    for name, store, weight in zip(dataset.names, dataset.stores, dataset.weights, strict=True):
+        found = store.check()
+        issues += [_placed(issue, store) for issue in found]
+        rejected += sum(store.manifest["rejected"].values())
+        if found:  # statistics of damaged files would mislead
+            continue
+        different, count = _tokenize_again(store, sample)
+        issues += [_placed(issue, store) for issue in different]
+        retokenized += count
+        statistics += [_statistics(name, store, split, float(weight), seen) for split in st.SPLITS]
+    return Report(path, tuple(issues), tuple(statistics), rejected=rejected, retokenized=retokenized)
+
+
+def mixture_table(dataset: Dataset) -> str:
+    """The sources of a dataset with their shares, from the manifests alone."""
+    rows: list[tuple[str, ...]] = [("source", "weight", "train documents", "train tokens", "validation tokens")]
+    for name, store, weight in zip(dataset.names, dataset.stores, dataset.weights, strict=True):
+        counts = (store.num_documents("train"), store.num_tokens("train"), store.num_tokens("validation"))
+        rows.append((name, f"{float(weight):.3f}", *(f"{count:,}" for count in counts)))
+    return "\n".join([f"dataset {dataset.path} ({dataset.strategy})", "", *align(rows)])
+
+
+def _placed(issue: st.Issue, store: st.Store) -> st.Issue:
+    return st.Issue(str(store.path / issue.where), issue.what)
+
+
+def _tokenize_again(store: st.Store, sample: int) -> tuple[list[st.Issue], int]:
+    """Decode and encode some documents of each chunk; returns what differs and how many were tried."""
+    tokenizer = store.tokenizer.build()
+    generator = np.random.default_rng(SAMPLE_SEED)
+    issues, tried = [], 0
+    for split, number, wanted in _sampled_chunks(store, sample, generator):
+        for position, document in enumerate(store.documents(split, number)):
+            if position not in wanted:
+                continue
+            tried += 1
+            again = tokenizer.encode_array(tokenizer.decode(document.tokens[:-1].tolist()))
+            if not np.array_equal(again, document.tokens[:-1]):
+                where = store.chunks[split][number].data.file
+                issues.append(st.Issue(where, f"document {document.id!r} tokenizes to other tokens than are stored"))
+    return issues, tried
+
+
+def _sampled_chunks(
+    store: st.Store, sample: int, generator: np.random.Generator
+) -> Iterator[tuple[str, int, set[int]]]:
+    """Chunks to look into, and which of their documents."""
+    sizes = [
+        (split, number, chunk.documents)
+        for split in st.SPLITS
+        for number, chunk in enumerate(store.chunks[split])
+        if chunk.documents
+    ]
+    total = sum(size for _, _, size in sizes)
+    chosen = np.sort(generator.choice(total, size=min(sample, total), replace=False))
+    start = 0
+    for split, number, size in sizes:
+        inside = chosen[(chosen >= start) & (chosen < start + size)] - start
+        if len(inside):
+            yield split, number, {int(place) for place in inside}
+        start += size
+
+
+def _statistics(name: str, store: st.Store, split: str, weight: float, seen: set[bytes]) -> Statistics:
+    n_vocab = store.manifest["tokenizer"]["n_vocab"]
+    used_V = np.zeros(n_vocab, dtype=bool)
+    lengths: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    duplicates = 0
+    for number in range(len(store.chunks[split])):
+        ends = store.index(split, number)["end"].to_numpy().astype(np.int64)
+        lengths.append(np.diff(ends, prepend=0))
+        tokens = store.chunk(split, number)
+        used_V[np.unique(tokens)] = True
+        start = 0
+        for end in ends.tolist():
+            digest = xxhash.xxh3_128_digest(tokens[start:end].data)
+            duplicates += digest in seen
+            seen.add(digest)
+            start = end
+    length = np.concatenate(lengths)
+    return Statistics(
+        source=name,
+        split=split,
+        weight=weight,
+        documents=len(length),
+        tokens=int(length.sum()),
+        text_bytes=store.text_bytes(split),
+        median_length=float(np.median(length)) if len(length) else 0.0,
+        longest=int(length.max(initial=0)),
+        used_ids=int(used_V.sum()),
+        vocabulary=n_vocab,
+        duplicates=duplicates,
+    )
