@@ -121,8 +121,8 @@ class _Work:
             return
         with session.connect(address, num_cpus=num_workers) as connected:
             workers = num_workers or max(1, int(connected.resources.get("CPU", 1)))
-            # Ray warns on the terminal of every actor it may restart; on this one machine none needs to be.
-            restarts = {"max_restarts": 0} if connected.started else {}
+            # Ray warns on the terminal of every actor it may restart; on one machine none needs to be.
+            restarts = {"max_restarts": 0} if connected.one_machine else {}
             for number, result in self._map(missing, min(workers, len(missing)), restarts):
                 self.results[number] = result
                 self.report(self.state())

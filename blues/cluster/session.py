@@ -51,6 +51,11 @@ class Session:
 
         return ray.cluster_resources()
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether no other machine can join: the cluster's head listens on the loopback address only."""
+        return self.address.startswith("127.0.0.1:")
+
 
 def resolve(address: str | None) -> str:
     """Where `connect(address)` would connect a process that is not connected yet."""

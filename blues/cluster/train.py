@@ -31,6 +31,7 @@ from blues import errors
 from blues.cluster import run_folder, session
 from blues.cluster.progress import Progress, duration
 from blues.errors import BluesError, ClusterError, ConfigError
+from blues.evaluation.unigram import unigram_entropy
 from blues.experiment import Experiment
 from blues.tracking import plots, provenance
 from blues.tracking.spool import read_history
@@ -171,10 +172,11 @@ class _Run:
             provenance.save(self.folder / run_folder.RECORD, record)
             self.tracker.log_params(provenance.params(self.experiment))
             self.tracker.set_tags(provenance.tags(record))
-            self._train(device)
+            self.tracker.log_artifact(self.folder / run_folder.EXPERIMENT)
+            self._train(device, one_machine=ray_session.one_machine)
         return self._conclude()
 
-    def _train(self, device: str) -> None:
+    def _train(self, device: str, *, one_machine: bool) -> None:
         """Run the workers in a thread (Ray would take Ctrl-C from the main one) and listen meanwhile."""
         import ray
 
@@ -185,7 +187,7 @@ class _Run:
 
         def fit() -> None:
             try:
-                _make_trainer(self.experiment, self.folder, device, mailbox).fit()
+                _make_trainer(self.experiment, self.folder, device, mailbox, one_machine=one_machine).fit()
                 outcome.append(None)
             except BaseException as error:  # handed to the main thread
                 outcome.append(error)
@@ -227,7 +229,7 @@ class _Run:
     def _conclude(self) -> TrainingResult:
         """Figures, the last words, the result."""
         drawable = (self.folder / run_folder.METRICS).exists()  # a caller's tracker may keep its metrics elsewhere
-        figures = plots.figures(self.folder, name=self.experiment.name) if drawable else []
+        figures = plots.figures(self.folder, name=self.experiment.name, unigram_entropy=self._floor()) if drawable else []
         for figure in figures:
             self.tracker.log_artifact(figure, folder=run_folder.FIGURES)
         steps, taken = self.experiment.training.steps, duration(time.monotonic() - self.began)
@@ -246,6 +248,12 @@ class _Run:
         elif self.screen:
             self.screen.note(f"finished {steps:,} steps in {taken}; checkpoint: {result.checkpoint}")
         return result
+
+    def _floor(self) -> float | None:
+        """The unigram entropy of the held-out text, for the loss curve: what a model without context would reach."""
+        if not self.experiment.training.validation_samples:
+            return None
+        return unigram_entropy(self.experiment.data.path).own
 
     def _explained(self, error: BaseException) -> BluesError:
         """Which worker failed, with what, and where its log is."""
@@ -297,9 +305,11 @@ def choose_device(experiment: Experiment, gpus: int, *, all_there_is: bool) -> s
     return device
 
 
-def _make_trainer(experiment: Experiment, folder: Path, device: str, mailbox: Any) -> Any:
+def _make_trainer(experiment: Experiment, folder: Path, device: str, mailbox: Any, *, one_machine: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from blues.cluster.rendezvous import FileRendezvous
 
     training = experiment.training
     on_cuda = device == "cuda"
@@ -307,6 +317,11 @@ def _make_trainer(experiment: Experiment, folder: Path, device: str, mailbox: An
     placed = experiment.override(
         {"data.path": str(Path(experiment.data.path).resolve()), "training.parallel.device": device}
     )
+    backend, meeting_place = "nccl" if on_cuda else "gloo", folder / run_folder.RAY
+    meeting_place.mkdir(exist_ok=True)
+    torch_config = TorchConfig(backend=backend)
+    if one_machine:
+        torch_config = FileRendezvous(backend=backend, folder=str(meeting_place))
     return TorchTrainer(
         _work,
         train_loop_config={
@@ -315,7 +330,7 @@ def _make_trainer(experiment: Experiment, folder: Path, device: str, mailbox: An
             "folder": str(folder),
             "mailbox": mailbox,
         },
-        torch_config=TorchConfig(backend="nccl" if on_cuda else "gloo"),
+        torch_config=torch_config,
         scaling_config=ScalingConfig(
             num_workers=training.parallel.num_workers,
             use_gpu=on_cuda,
