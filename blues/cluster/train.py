@@ -229,7 +229,9 @@ class _Run:
     def _conclude(self) -> TrainingResult:
         """Figures, the last words, the result."""
         drawable = (self.folder / run_folder.METRICS).exists()  # a caller's tracker may keep its metrics elsewhere
-        figures = plots.figures(self.folder, name=self.experiment.name, unigram_entropy=self._floor()) if drawable else []
+        figures = []
+        if drawable:
+            figures = plots.figures(self.folder, name=self.experiment.name, unigram_entropy=self._floor())
         for figure in figures:
             self.tracker.log_artifact(figure, folder=run_folder.FIGURES)
         steps, taken = self.experiment.training.steps, duration(time.monotonic() - self.began)
