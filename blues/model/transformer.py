@@ -16,12 +16,12 @@ Legend: B batch, T time, D width, V vocabulary, E experts.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from blues import config as cfg
 from blues.errors import ConfigError
@@ -163,8 +163,8 @@ class Transformer(nn.Module, cfg.Configurable):
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
-                # Restores the random state for the second run, so the routers draw the same noise again.
-                x_BTD, routing = checkpoint(block, x_BTD, view, cache, use_reentrant=False, preserve_rng_state=True)
+                # The random state is restored for the second run, so the routers draw the same noise again.
+                x_BTD, routing = checkpoint(block, x_BTD, view, cache, use_reentrant=False, context_fn=_keep_decisions)
             else:
                 x_BTD, routing = block(x_BTD, view, cache)
             if routing is not None:
@@ -211,6 +211,16 @@ class Transformer(nn.Module, cfg.Configurable):
         lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
         attention = 6 * config.num_layers * config.attention.num_heads * config.attention.head_dim * seq_len
         return 6 * (self.num_active_parameters() - lookup) + attention
+
+
+def _keep_decisions() -> tuple[Any, Any]:
+    """Contexts of a checkpointed block in which all is computed again but the choice and order of experts.
+
+    torch.compile may fuse, and so round, the second computation differently. One token that then chose another expert
+    would shift the sorted places of every token behind it, against what the first computation has left for the
+    gradient: gradients came out wrong by half their length.
+    """
+    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, torch.ops.aten.sort.stable])
 
 
 def is_mixture(config: Transformer.Config, layer: int) -> bool:
