@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import uuid
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
@@ -43,13 +45,19 @@ class _FileBackend(_TorchBackend):
             [
                 worker_group.execute_single_async(
                     rank,
-                    _setup_torch_process_group,
+                    meet,
+                    file=str(file),
                     backend=backend_config.backend,
                     world_rank=rank,
                     world_size=len(worker_group),
-                    init_method=file.as_uri(),
-                    timeout_s=backend_config.timeout_s,
+                    timeout=timedelta(seconds=backend_config.timeout_s),
                 )
                 for rank in range(len(worker_group))
             ]
         )
+
+
+def meet(file: str, backend: str, world_rank: int, world_size: int, timeout: timedelta) -> None:
+    """Join the process group of the workers that were given the same `file`."""
+    store = dist.FileStore(file, world_size)  # not a file:// address, in which torch cannot read a blank
+    dist.init_process_group(backend, store=store, rank=world_rank, world_size=world_size, timeout=timeout)
