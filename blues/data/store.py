@@ -195,7 +195,7 @@ class Store:
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store.open, (self.path,)
+        return Store.open, (self.path.absolute(),)  # the receiving process may work in another folder
 
     @property
     def fingerprint(self) -> str:

@@ -1,0 +1,59 @@
+"""Prepared datasets of given documents, in as many chunks as a test wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from blues.data import store
+from blues.data.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.Config(vocab_size=300)
+Document = str | list[int]
+
+
+def make_store(
+    directory: Path,
+    *,
+    train: Sequence[Sequence[Document]] = (),
+    validation: Sequence[Sequence[Document]] = (),
+    tokenizer: Tokenizer.Config = TOKENIZER,
+) -> Path:
+    """A dataset whose splits have these chunks of documents (texts, or ids without the closing end-of-text)."""
+    directory.mkdir(parents=True)
+    built, records = tokenizer.build(), []
+    for split, chunks in (("train", train), ("validation", validation)):
+        for number, documents in enumerate(chunks):
+            writer = store.ChunkWriter(directory, split, number)
+            for position, document in enumerate(documents):
+                ids = built.encode(document) if isinstance(document, str) else document
+                writer.add(
+                    np.array([*ids, built.eot_id], dtype=np.uint32),
+                    id=f"{split}-{number}-{position}",
+                    source=f"{directory.name}.txt",
+                    text_bytes=len(built.decode_bytes(ids)),
+                    metadata={"place": position},
+                )
+            records.append(writer.close())
+    quarantine = directory / store.QUARANTINE
+    quarantine.write_bytes(b"")
+    empty = store.FileRecord(store.QUARANTINE, 0, store.file_checksum(quarantine))
+    store.write_manifest(
+        directory, tokenizer=tokenizer, settings={}, source={}, chunks=records, rejected={}, quarantine=empty
+    )
+    return directory
+
+
+def make_numbered(directory: Path, *, windows: int, length: int, first: int = 0, held_out: int = 2) -> Path:
+    """A dataset of one document without text: its train split cuts into exactly `windows` windows of `length` tokens,
+    and the first token of every window is in no other (`first` + number, for less than 256 windows)."""
+    assert first + windows <= 256
+    ids = [token for window in range(windows) for token in [first + window, *[256] * (length - 1)]]
+    return make_store(directory, train=[[ids]], validation=[[ids[: length * held_out]]])
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content, to see that nothing was written."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
