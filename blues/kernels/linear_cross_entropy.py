@@ -7,7 +7,8 @@ Both implementations have the signature `(x_TD, weight_VD, targets_T) -> scalar`
 
 With V = 200k the logits of 32k tokens would take 26 GB in float32 and their gradient as much again. The chunked form
 holds the logits of one chunk of tokens at a time and computes the gradients on the way forward, while those logits are
-there (as in Liger, arXiv 2410.10989): memory stays flat in T, and no product is computed twice.
+there (as in Liger, arXiv 2410.10989): memory stays flat in T, and no product is computed twice. torch.compile fuses the
+steps of a chunk and takes half the time, but keeps more of them at once (87 ms and 14.7 GiB for the 32k tokens below).
 
 Legend: T tokens (batch and time flattened), D width, V vocabulary, c tokens of a chunk.
 """
@@ -27,8 +28,12 @@ from blues.kernels.precision import at_least_float32, matmul_dtype
 IGNORED = -100
 """The target of a token that has no loss."""
 
-CHUNK_BYTES = 2**28
-"""Memory for the float32 logits of one chunk on an accelerator: 335 tokens at V = 200k."""
+CHUNK_BYTES = 2**29
+"""Memory for the float32 logits of one chunk on an accelerator: 670 tokens at V = 200k.
+
+Larger chunks add to the weight's gradient less often. For 32k tokens at D = 768 with gradients an H100 takes 238 ms and
+1.5 GiB with 2**28, 192 ms and 2.1 GiB with 2**29, 171 ms and 3.6 GiB with 2**30.
+"""
 
 CHUNK_BYTES_CPU = 2**23
 """On the CPU a chunk that stays near the caches is faster: 512 tokens at V = 4096."""
