@@ -27,6 +27,7 @@ from blues import config as cfg
 from blues.config import write_atomic
 from blues.errors import DataError
 from blues.experiment import Experiment
+from blues.table import align
 from blues.tracking.spool import read_history
 
 SEEDS = ("training.seed", "data.seed")
@@ -158,7 +159,7 @@ class Comparison:
             ]
             for row in self.rows()
         ]
-        return "\n".join([f"{self.measure}, mean ± standard deviation over seeds", *_columns(head, body)])
+        return "\n".join([f"{self.measure}, mean ± standard deviation over seeds", *_ruled(head, body)])
 
     def verdict(self) -> str:
         """What the figures allow to say."""
@@ -173,9 +174,7 @@ class Comparison:
         return "\n".join(sentences)
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write comparison.json, comparison.csv and comparison.png into `folder`."""
-        from tuning.figures import draw_comparison
-
+        """Write comparison.json and comparison.csv into `folder` (the figure is drawn by `tuning.figures`)."""
         folder, rows = Path(folder), self.rows()
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
@@ -184,8 +183,7 @@ class Comparison:
         write_atomic(folder / "comparison.csv", text.getvalue().encode())
         tree = {"measure": self.measure, "verdict": self.verdict(), "variants": [self._tree(v) for v in self.variants]}
         write_atomic(folder / "comparison.json", json.dumps(tree, indent=2, allow_nan=False).encode())
-        draw_comparison(self, folder / "comparison.png")
-        return [folder / f"comparison.{kind}" for kind in ("json", "csv", "png")]
+        return [folder / f"comparison.{kind}" for kind in ("json", "csv")]
 
     def _tree(self, variant: Variant) -> dict[str, Any]:
         runs = [
@@ -292,12 +290,7 @@ def _with_spread(mean: float, spread: float, form: str) -> str:
     return f"{mean:{form}}" if math.isnan(spread) else f"{mean:{form}} ± {spread:{form.lstrip('+')}}"
 
 
-def _columns(head: list[str], body: list[list[str]]) -> list[str]:
-    """Aligned lines: text to the left, figures to the right."""
-    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
-
-    def line(row: list[str]) -> str:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        return "  ".join([first.strip().ljust(widths[0]), *others]).rstrip()
-
-    return [line(head), "  ".join("-" * width for width in widths), *map(line, body)]
+def _ruled(head: list[str], body: list[list[str]]) -> list[str]:
+    """Aligned lines with a rule under the head."""
+    first, *rest = align([head, *body])
+    return [first, "-" * max(map(len, [first, *rest])), *rest]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,9 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blues.config import write_atomic
-
-if TYPE_CHECKING:
-    from tuning.compare import Comparison, Variant
+from tuning.compare import Comparison, Variant
 
 COLORS = ("#2f6db3", "#d1571f", "#1b9e77", "#8e5bb5", "#c2a21b", "#c7407f", "#4a90a4", "#7a6a53")
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"

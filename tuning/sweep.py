@@ -33,6 +33,7 @@ from blues.training.checkpoint import latest_checkpoint, read_checkpoint
 from blues.training.observer import Event
 from tuning.board import Board
 from tuning.compare import Comparison, Run, compare, label
+from tuning.figures import draw_comparison
 from tuning.spaces import Space
 
 TUNE = ".tune"
@@ -133,7 +134,10 @@ def run_sweep(
             failed = _tune(missing, sweep_dir, parent.run_id, board, max_concurrent, address)
         runs = [Run.read(trial.folder(sweep_dir)) for trial in trials if is_finished(trial, sweep_dir)]
         comparison = compare(runs) if runs else None
-        files = tuple(comparison.save(sweep_dir)) if comparison else ()
+        files: tuple[Path, ...] = ()
+        if comparison:
+            figure = draw_comparison(comparison, Path(sweep_dir) / "comparison.png")
+            files = (*comparison.save(sweep_dir), figure)
         for file in files:
             parent.log_artifact(file, folder="comparison")
         url = parent.url

@@ -13,6 +13,7 @@ from blues import config as cfg
 from blues.errors import DataError
 from tuning.compare import Run, compare, label, t_quantile
 from tuning.experiments import resolve
+from tuning.figures import draw_comparison
 
 
 def make_run(folder, losses, *overrides, speed=(100.0, 300.0, 200.0), balance=(0.5,) * 10):
@@ -92,7 +93,8 @@ def test_different_data_is_warned_about(tmp_path):
 
 def test_json_csv_and_png_say_the_same(tmp_path):
     comparison = variants(tmp_path, [3.0, 3.2], [2.9, 3.0])
-    json_file, csv_file, png_file = comparison.save(tmp_path)
+    json_file, csv_file = comparison.save(tmp_path)
+    png_file = draw_comparison(comparison, tmp_path / "comparison.png")
     tree = json.loads(json_file.read_text())
     assert [variant["name"] for variant in tree["variants"]] == ["softmax_top_k", "noisy_top_k"]
     assert [run["final_loss"] for run in tree["variants"][0]["runs"]] == [2.9, 3.0]
