@@ -135,8 +135,8 @@ class ChunkWriter:
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table(self._index, schema=INDEX_SCHEMA), buffer, compression="zstd")
         index = buffer.getvalue().to_pybytes()
-        cfg.write_atomic(self._path(index_name), index)
         os.replace(self._temporary, self._path(data_name))
+        cfg.write_atomic(self._path(index_name), index)  # its fsync of the folder makes both names durable
         return ChunkRecord(
             split=self.split,
             tokens=self._tokens,
@@ -164,7 +164,7 @@ class Store:
     manifest: dict[str, Any]
     tokenizer: tok.Tokenizer.Config
     chunks: dict[str, tuple[ChunkRecord, ...]]
-    _starts: dict[str, np.ndarray] = field(repr=False)
+    _starts: dict[str, np.ndarray] = field(repr=False, compare=False)  # follows from the chunks
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -275,8 +275,10 @@ class Store:
             yield f"its index lists {len(ends)} documents where the manifest says {chunk.documents}"
         if int(index["text_bytes"].to_numpy().sum()) != chunk.text_bytes:
             yield "the text bytes of its index do not add up to those of the manifest"
-        if len(ends) == 0 or ends[-1] != len(tokens) or np.any(np.diff(ends, prepend=0) <= 0):
+        if (ends[-1] if len(ends) else 0) != len(tokens) or np.any(np.diff(ends, prepend=0) <= 0):
             yield "the ends of its documents do not rise to the number of its tokens"
+            return
+        if len(tokens) == 0:
             return
         if int(tokens.max()) >= n_vocab:
             yield f"token {int(tokens.max())} is outside the vocabulary of {n_vocab} ids"
@@ -284,7 +286,10 @@ class Store:
             yield "<|endoftext|> does not stand exactly at the end of each document"
 
     def _map(self, split: str, chunk: int) -> np.ndarray:
-        return _memory_map(str(self.path.absolute() / self.chunks[split][chunk].data.file), self.fingerprint)
+        record = self.chunks[split][chunk]
+        if record.tokens == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype=np.uint32)
+        return _memory_map(str(self.path.absolute() / record.data.file), self.fingerprint)
 
     def _files(self) -> Iterator[FileRecord]:
         for split in SPLITS:

@@ -77,10 +77,10 @@ def test_any_window_is_a_slice_of_the_chunks_end_to_end(path):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    chunks=hyp.lists(hyp.lists(hyp.lists(hyp.integers(0, 298), max_size=6), min_size=1, max_size=4), max_size=4),
+    chunks=hyp.lists(hyp.lists(hyp.lists(hyp.integers(0, 298), max_size=6), max_size=4), max_size=4),
     cut=hyp.tuples(hyp.floats(0, 1), hyp.floats(0, 1)),
 )
-def test_round_trip_of_any_chunks_and_empty_documents(tmp_path_factory, chunks, cut):
+def test_round_trip_of_any_chunks_even_empty_ones(tmp_path_factory, chunks, cut):
     store = Store.open(make_store(tmp_path_factory.mktemp("any") / "data", train=chunks))
     expected = [id for chunk in chunks for ids in chunk for id in [*ids, 299]]
     assert store.num_tokens("train") == len(expected) and store.num_tokens("validation") == 0
@@ -100,6 +100,10 @@ def test_read_tokens_are_the_readers_own_and_the_file_stays_whole(path):
     with pytest.raises(ValueError, match="read-only"):
         store.chunk("train", 0)[0] = 0
     assert snapshot(path) == before and Store.open(path).check() == []
+
+
+def test_stores_opened_twice_are_equal(path):
+    assert Store.open(path) == Store.open(path)
 
 
 def test_a_store_pickles_as_its_path_also_from_another_folder(path, tmp_path, monkeypatch):

@@ -1,0 +1,203 @@
+"""Merging: each strategy gives the documented weights, nothing is copied, and what cannot be merged is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as hyp
+
+from blues.data import store as st
+from blues.data.merge import merge, open_dataset
+from blues.data.tokenizer import Tokenizer
+from blues.errors import DataError
+from tests.data.datasets import make_numbered, make_store, snapshot
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[Path]:
+    """Three datasets of 120, 40 and 240 (+1 each) training tokens."""
+    folder = tmp_path_factory.mktemp("sources")
+    return [
+        make_numbered(folder / name, windows=windows, length=4)
+        for name, windows in zip("abc", (30, 10, 60), strict=True)
+    ]
+
+
+def test_weighted_shares_are_exact_and_scale_free(sources, tmp_path):
+    for number, weights in enumerate(([0.7, 0.3], [7, 3], [70.0, 30.0], [1.4, 0.6])):
+        dataset = merge(sources[:2], tmp_path / str(number), weights=weights)
+        assert dataset.weights == (Fraction(7, 10), Fraction(3, 10))
+        assert (dataset.names, dataset.strategy, dataset.merged) == (("a", "b"), "weighted", True)
+
+
+def test_equal_and_proportional_shares(sources, tmp_path):
+    equal = merge(sources, tmp_path / "equal", strategy="equal")
+    assert equal.weights == (Fraction(1, 3),) * 3
+    proportional = merge(sources, tmp_path / "proportional", strategy="proportional")
+    assert proportional.weights == (Fraction(121, 403), Fraction(41, 403), Fraction(241, 403))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(weights=hyp.lists(hyp.floats(0, 1e6), min_size=3, max_size=3).filter(lambda weights: sum(weights) > 0))
+def test_any_weights_sum_to_one_and_keep_their_proportions(sources, tmp_path, weights):
+    dataset = merge(sources, tmp_path / "any", weights=weights, overwrite=True)
+    assert sum(dataset.weights) == 1
+    for share, weight in zip(dataset.weights, weights, strict=True):
+        assert float(share) == pytest.approx(weight / sum(weights), rel=1e-12)
+    assert open_dataset(tmp_path / "any") == dataset
+
+
+def test_no_token_is_copied_and_no_source_is_touched(sources, tmp_path):
+    before = [snapshot(path) for path in sources]
+    merge(sources, tmp_path / "mix", strategy="equal")
+    assert [path.name for path in (tmp_path / "mix").iterdir()] == [st.MIXTURE]
+    assert [snapshot(path) for path in sources] == before
+
+
+def test_a_source_may_have_no_share(sources, tmp_path):
+    assert merge(sources[:2], tmp_path / "mix", weights=[1, 0]).weights == (1, 0)
+
+
+def test_one_dataset_alone_opens_as_a_mixture_of_one(sources):
+    dataset = open_dataset(sources[0])
+    assert (dataset.names, dataset.weights, dataset.merged) == (("a",), (1,), False)
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path):
+    paths = [make_numbered(tmp_path / parent / "data", windows=3 + i, length=4) for i, parent in enumerate("xyz")]
+    assert merge(paths, tmp_path / "mix", strategy="equal").names == ("data", "data-2", "data-3")
+
+
+def test_the_folder_of_sources_and_mixture_can_move(tmp_path, monkeypatch):
+    make_numbered(tmp_path / "old" / "a", windows=3, length=4)
+    make_numbered(tmp_path / "old" / "b", windows=4, length=4)
+    monkeypatch.chdir(tmp_path / "old")
+    dataset = merge(["a", "b"], "mix", strategy="equal")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = open_dataset("new/mix")
+    assert moved.fingerprint == dataset.fingerprint and moved.names == ("a", "b")
+    assert str(tmp_path) not in (tmp_path / "new" / "mix" / st.MIXTURE).read_text()
+
+
+def test_the_fingerprint_changes_with_weights_order_and_content_only(sources, tmp_path):
+    a, b, c = sources
+    first = merge([a, b], tmp_path / "1", weights=[7, 3]).fingerprint
+    shutil.copytree(a, tmp_path / "copy")
+    assert merge([tmp_path / "copy", b], tmp_path / "2", weights=[0.7, 0.3]).fingerprint == first
+    others = [
+        merge([a, b], tmp_path / "3", weights=[6, 4]),
+        merge([b, a], tmp_path / "4", weights=[3, 7]),
+        merge([a, c], tmp_path / "5", weights=[7, 3]),
+    ]
+    assert len({first, *(other.fingerprint for other in others)}) == 4
+
+
+def test_the_same_merge_again_changes_nothing_and_another_needs_overwrite(sources, tmp_path):
+    merge(sources[:2], tmp_path / "mix", weights=[7, 3])
+    before = snapshot(tmp_path / "mix")
+    merge(sources[:2], tmp_path / "mix", weights=[0.7, 0.3])
+    with pytest.raises(DataError, match=r"mix' already holds another merged dataset; .*--overwrite"):
+        merge(sources[:2], tmp_path / "mix", weights=[6, 4])
+    assert snapshot(tmp_path / "mix") == before
+    assert merge(sources[:2], tmp_path / "mix", weights=[6, 4], overwrite=True).weights[0] == Fraction(6, 10)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"weights": [1.0]}, "1 weights for 2 datasets; give one weight for each dataset"),
+        ({"weights": [1, 2, 3]}, "3 weights for 2 datasets"),
+        ({"weights": [0, 0]}, "the weights sum to zero; at least one must be positive"),
+        ({"weights": [0.5, -0.1]}, "weight -0.1 is not a share"),
+        ({"weights": [NAN, 1]}, "weight nan is not a share"),
+        ({"weights": [INF, 1]}, "weight inf is not a share"),
+        ({}, "the strategy 'weighted' needs weights, one for each dataset; or use 'equal' or 'proportional'"),
+        ({"weights": [1, 1], "strategy": "equal"}, "weights mean nothing to the strategy 'equal'"),
+        ({"strategy": "propotional"}, "unknown merge strategy 'propotional'. Did you mean 'proportional'?"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_sentence_and_nothing_is_written(sources, tmp_path, arguments, words):
+    with pytest.raises(DataError) as caught:
+        merge(sources[:2], tmp_path / "mix", **arguments)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "mix").exists()
+
+
+def test_datasets_that_cannot_be_merged_are_named(sources, tmp_path):
+    def refused(paths: list[Path]) -> str:
+        with pytest.raises(DataError) as caught:
+            merge(paths, tmp_path / "out", strategy="equal")
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    a, b = sources[:2]
+    assert "name at least one prepared dataset" in refused([])
+    assert "absent' does not exist" in refused([a, tmp_path / "absent"])
+    assert "is named twice" in refused([a, b, a.parent / "b" / ".." / "a"])
+    merge([a, b], tmp_path / "mix", strategy="equal")
+    nested = refused([tmp_path / "mix", sources[2]])
+    assert "mix' is itself a merged dataset; merge its sources instead" in nested and nested.endswith("/b")
+    other = make_store(tmp_path / "other", train=[["x"]], tokenizer=Tokenizer.Config(vocab_size=400))
+    assert "other' has vocab_size 400 and" in refused([a, other]) and "has 300" in refused([a, other])
+    empty = make_store(tmp_path / "empty", validation=[["x"]])
+    assert "empty' has no training tokens; leave it out" in refused([a, empty])
+
+
+def test_an_output_that_holds_something_else_is_left_alone(sources, tmp_path):
+    shutil.copytree(sources[0], tmp_path / "prepared")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = snapshot(tmp_path)
+    for name, words in (
+        ("prepared", "already holds something else"),
+        ("notes", "already holds something else"),
+        ("file", "is a file"),
+    ):
+        with pytest.raises(DataError, match=rf"{name}' {words}; choose .*directory"):
+            merge(sources[:2], tmp_path / name, strategy="equal", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_source_that_is_gone_changed_or_damaged_is_named(tmp_path):
+    a, b = (make_numbered(tmp_path / name, windows=9, length=4, first=i * 9) for i, name in enumerate("ab"))
+    merge([a, b], tmp_path / "mix", strategy="equal")
+    b.rename(tmp_path / "kept")
+    with pytest.raises(DataError, match=r"source 'b' of the merged dataset .*mix' is not at .*; put it back or merge"):
+        open_dataset(tmp_path / "mix")
+    make_numbered(b, windows=10, length=4)
+    with pytest.raises(DataError, match=r"source 'b' of .*mix' was prepared again after the merge .*; merge again"):
+        open_dataset(tmp_path / "mix")
+    shutil.rmtree(b)
+    (tmp_path / "kept").rename(b)
+    assert open_dataset(tmp_path / "mix").names == ("a", "b")
+    (a / "chunks" / "train-00000.tokens").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a' is damaged: chunks/train-00000.tokens: holds 0 bytes"):
+        open_dataset(tmp_path / "mix")
+
+
+def test_an_edited_mixture_is_refused(sources, tmp_path):
+    merge(sources[:2], tmp_path / "mix", weights=[7, 3])
+    file = tmp_path / "mix" / st.MIXTURE
+    tree = json.loads(file.read_bytes())
+    tree["sources"][0]["weight"] = "1/2"
+    file.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"mixture.json' was changed after it was written"):
+        open_dataset(tmp_path / "mix")
+    merge(sources[:2], tmp_path / "mix", weights=[7, 3], overwrite=True)
+    assert open_dataset(tmp_path / "mix").weights[0] == Fraction(7, 10)
+
+
+def test_where_one_prepared_dataset_is_needed_a_merged_one_is_told(sources, tmp_path):
+    merge(sources[:2], tmp_path / "mix", strategy="equal")
+    with pytest.raises(DataError, match="is a merged dataset, and a single prepared one is needed here"):
+        st.Store.open(tmp_path / "mix")
