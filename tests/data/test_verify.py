@@ -1,0 +1,194 @@
+"""`verify` reports what a dataset holds, and every kind of damage with the file's name and the remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blues.data import store as st
+from blues.data.merge import merge, open_dataset
+from blues.data.tokenizer import Tokenizer
+from blues.data.verify import mixture_table, verify
+from blues.errors import DataError
+from tests.data.datasets import TOKENIZER, make_store, snapshot
+
+TRAIN = [["one two", "three"], ["one two", "four five six"], ["seven"]]
+VALIDATION = [["eight nine", "three"]]
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return make_store(tmp_path / "data", train=TRAIN, validation=VALIDATION)
+
+
+@pytest.fixture
+def mix(path, tmp_path) -> Path:
+    make_store(tmp_path / "more", train=[["other text", "seven"]], validation=[["nine"]])
+    merge([path, tmp_path / "more"], tmp_path / "mix", weights=[0.7, 0.3])
+    return tmp_path / "mix"
+
+
+def flip(file: Path, place: int = 0) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def resign(path: Path, change) -> None:
+    """Change the manifest and its checksum."""
+    tree = json.loads((path / st.MANIFEST).read_bytes())
+    del tree["checksum"]
+    change(tree)
+    st.write_checked_json(path / st.MANIFEST, tree)
+
+
+def test_a_whole_dataset_is_good_and_is_not_touched(path):
+    before = snapshot(path)
+    report = verify(path)
+    assert report.good and report.issues == () and report.retokenized == 7 and report.rejected == 0
+    assert snapshot(path) == before
+
+
+def test_statistics_are_those_of_the_documents(path):
+    tokenizer = TOKENIZER.build()
+    for found, split, chunks in zip(verify(path).statistics, st.SPLITS, (TRAIN, VALIDATION), strict=True):
+        documents = [[*tokenizer.encode(text), tokenizer.eot_id] for chunk in chunks for text in chunk]
+        lengths = [len(tokens) for tokens in documents]
+        assert (found.source, found.split, found.weight) == ("data", split, 1.0)
+        assert (found.documents, found.tokens) == (len(documents), sum(lengths))
+        assert found.text_bytes == sum(len(text) for chunk in chunks for text in chunk)
+        assert (found.median_length, found.longest) == (np.median(lengths), max(lengths))
+        assert found.used_ids == len({token for tokens in documents for token in tokens})
+        assert found.vocabulary == 300
+        assert found.duplicates == 1, "'one two' within train, 'three' of validation in train"
+
+
+def test_a_merged_dataset_is_checked_source_by_source(mix):
+    report = verify(mix)
+    assert report.good and report.retokenized == 10
+    assert [(line.source, line.split, line.weight) for line in report.statistics] == [
+        *(("data", split, 0.7) for split in st.SPLITS),
+        *(("more", split, 0.3) for split in st.SPLITS),
+    ]
+    assert report.statistics[2].duplicates == 1, "'seven' is in both"
+
+
+def test_a_split_without_documents_has_no_statistics_to_fail_on(tmp_path):
+    report = verify(make_store(tmp_path / "data", train=[["a"], []]))
+    assert report.good and report.statistics[1].documents == report.statistics[1].longest == 0
+    assert report.statistics[1].median_length == 0.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chunks/train-00001.tokens", "chunks/train-00001.documents.parquet", "chunks/validation-00000.tokens"],
+)
+def test_a_flipped_bit_is_an_issue_that_names_the_file(path, name):
+    flip(path / name, place=5)
+    [issue] = verify(path).issues
+    assert issue.where == str(path / name) and "checksum" in issue.what
+
+
+def test_every_damaged_file_is_listed(path):
+    for name in ("train-00000.tokens", "train-00002.tokens", "validation-00000.documents.parquet"):
+        flip(path / "chunks" / name)
+    report = verify(path)
+    assert len(report.issues) == 3 and report.statistics == () and not report.good
+    assert all(str(issue) in report.table() for issue in report.issues)
+    assert "restore the files, or prepare the dataset again with --overwrite" in report.table()
+
+
+def test_truncated_and_missing_chunks_and_edited_manifests_are_issues(path):
+    file = path / "chunks" / "train-00001.tokens"
+    content = file.read_bytes()
+    file.write_bytes(content[:-4])
+    [issue] = verify(path).issues
+    assert "train-00001.tokens" in issue.what and f"{len(content) - 4:,} bytes" in issue.what
+    file.unlink()
+    [issue] = verify(path).issues
+    assert "train-00001.tokens" in issue.what and "No such file" in issue.what
+    file.write_bytes(content)
+    assert verify(path).good
+    manifest = path / st.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"documents": 5', '"documents": 4'))
+    [issue] = verify(path).issues
+    assert "manifest.json' was changed after it was written" in issue.what and "restore it" in issue.what
+
+
+def test_chunks_that_contradict_their_index_are_issues(tmp_path):
+    path = make_store(tmp_path / "data", train=[[[5, 299, 6]], [[5, 300]], [[7]]])
+    resign(path, lambda tree: tree["splits"]["train"]["chunks"][2].update(documents=4))
+    whats = {Path(issue.where).name: issue.what for issue in verify(path).issues}
+    assert "exactly at the end of each document" in whats["train-00000.tokens"]
+    assert "token 300 is outside the vocabulary of 300 ids" in whats["train-00001.tokens"]
+    assert "its index lists 1 documents where the manifest says 4" in whats["train-00002.tokens"]
+
+
+def test_tokens_that_no_text_gives_are_issues(tmp_path):
+    tokenizer = TOKENIZER.build()
+    [merged] = tokenizer.encode("in")
+    apart = [tokenizer.encoding.encode_single_token(letter) for letter in (b"i", b"n")]
+    assert tokenizer.decode(apart) == tokenizer.decode([merged])
+    path = make_store(tmp_path / "data", train=[["fine"], [apart]], validation=[[[merged]]])
+    [issue] = verify(path).issues
+    assert issue.where == str(path / "chunks" / "train-00001.tokens")
+    assert "document 'train-1-0' tokenizes to other tokens than are stored" in issue.what
+
+
+def test_the_sample_is_seeded_and_of_the_size_that_was_asked_for(path, monkeypatch):
+    looked: list[str] = []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: looked.append(decode(self, ids)) or looked[-1])
+    assert [verify(path, sample=count).retokenized for count in (0, 3, 3, 1000)] == [0, 3, 3, 7]
+    assert looked[:3] == looked[3:6] and sorted(looked[6:]) == sorted(
+        text for chunk in (*TRAIN, *VALIDATION) for text in chunk
+    )
+
+
+def test_a_damaged_source_of_a_merged_dataset_is_named(mix, tmp_path):
+    flip(tmp_path / "more" / "chunks" / "train-00000.tokens")
+    report = verify(mix)
+    [issue] = report.issues
+    assert Path(issue.where).resolve() == tmp_path / "more" / "chunks" / "train-00000.tokens"
+    assert {line.source for line in report.statistics} == {"data"}, "the others are still described"
+
+
+def test_a_source_that_is_not_what_was_merged_is_an_issue(mix, tmp_path):
+    (tmp_path / "more").rename(tmp_path / "gone")
+    [issue] = verify(mix).issues
+    assert "source 'more'" in issue.what and "put it back or merge again" in issue.what
+    make_store(tmp_path / "more", train=[["quite other"]], validation=[["nine"]])
+    [issue] = verify(mix).issues
+    assert "source 'more'" in issue.what and "prepared again after the merge" in issue.what
+
+
+def test_no_dataset_at_all_is_an_error_and_no_report(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        verify(tmp_path / "absent")
+    with pytest.raises(DataError, match="is not a Blues dataset"):
+        verify(tmp_path)
+
+
+def test_the_table_and_the_json_say_the_same(mix):
+    report = verify(mix)
+    tree = json.loads(report.json())
+    assert tree["good"] and tree["issues"] == [] and tree["path"] == str(mix) and len(tree["statistics"]) == 4
+    table = report.table()
+    for line in tree["statistics"]:
+        row = next(row for row in table.splitlines() if row.split()[:2] == [line["source"], line["split"]])
+        assert f"{line['documents']:,}" in row.split() and f"{line['tokens']:,}" in row.split()
+        assert f"{line['weight']:.3f}" in row.split()
+    assert "good: all checksums hold, 10 documents tokenize to what is stored" in table
+    assert "3 documents are exact copies of another one" in table
+
+
+def test_the_mixture_table_lists_sources_with_weights_and_counts(mix):
+    dataset = open_dataset(mix)
+    lines = mixture_table(dataset).splitlines()
+    assert lines[0] == f"dataset {mix} (weighted)"
+    for name, weight, store, line in zip(dataset.names, ("0.700", "0.300"), dataset.stores, lines[-2:], strict=True):
+        tokens = (store.num_tokens("train"), store.num_tokens("validation"))
+        assert line.split() == [name, weight, f"{store.num_documents('train')}", *(f"{count}" for count in tokens)]
