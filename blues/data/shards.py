@@ -103,7 +103,10 @@ def run_task(
     places: list[int] = []
     writers: dict[str, st.ChunkWriter] = {}
     with ExitStack() as undo:
-        with open(rejected_file(directory, number), "wb") as quarantine:
+        # Renamed when it is whole: a worker that outlives its killed driver may be doing this task as well.
+        growing = rejected_file(directory, number).with_suffix(f".{os.getpid()}.tmp")
+        undo.callback(growing.unlink, missing_ok=True)
+        with open(growing, "wb") as quarantine:
             for record in _records(root, parts):
                 if isinstance(record, Rejected):
                     counts[record.reason] += record.rows
@@ -118,6 +121,7 @@ def run_task(
                 _add(writers[name], record, tokenizer)
             quarantine.flush()
             os.fsync(quarantine.fileno())
+        os.replace(growing, rejected_file(directory, number))
         chunks = tuple(writers[name].close() for name in st.SPLITS if name in writers)
         undo.pop_all()
     result = TaskResult(chunks, dict(counts), min(places, default=None), max(places, default=None))
