@@ -9,9 +9,10 @@ come from the first source. Merging again with other weights is free and loses n
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -58,32 +59,46 @@ def open_dataset(path: str | Path) -> Dataset:
         DataError: neither of the two, damaged, or a source of the mixture is missing or is not the merged one any more.
     """
     path = Path(path)
+    sources = [(name, weight, open_source()) for name, weight, open_source in sources_of(path)]
+    names, weights, stores = zip(*sources, strict=True)
+    return Dataset(path, names, stores, weights, _strategy(path))
+
+
+def sources_of(path: Path, *, check_sizes: bool = True) -> Iterator[tuple[str, Fraction, Callable[[], st.Store]]]:
+    """Name, weight and a function that opens it, for every source of a dataset (itself, if it is not merged).
+
+    Raises:
+        DataError: `path` is no dataset, or its mixture.json is damaged; the functions raise it for their source.
+    """
     if not (path / st.MIXTURE).exists():
-        store = st.Store.open(path)
-        return Dataset(path, (path.absolute().name,), (store,), (Fraction(1),), "single")
-    tree = st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)
-    stores = []
-    for source in tree["sources"]:
-        where = path / source["path"]
-        if not where.exists():
-            raise DataError(
-                f"source {source['name']!r} of the merged dataset {str(path)!r} is not at {str(where)!r}; "
-                f"put it back or merge again"
-            )
-        store = st.Store.open(where)
-        if store.checksum != source["checksum"]:
-            raise DataError(
-                f"source {source['name']!r} of {str(path)!r} was prepared again after the merge ({str(where)!r}); "
-                f"merge again"
-            )
-        stores.append(store)
-    return Dataset(
-        path,
-        tuple(source["name"] for source in tree["sources"]),
-        tuple(stores),
-        tuple(Fraction(source["weight"]) for source in tree["sources"]),
-        tree["strategy"],
-    )
+        name = path.absolute().name
+        yield name, Fraction(1), functools.partial(st.Store.open, path, check_sizes=check_sizes)
+        return
+    for source in st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)["sources"]:
+        open_source = functools.partial(_open_merged, path, source, check_sizes)
+        yield source["name"], Fraction(source["weight"]), open_source
+
+
+def _open_merged(path: Path, source: dict[str, Any], check_sizes: bool) -> st.Store:
+    where = path / source["path"]
+    if not where.exists():
+        raise DataError(
+            f"source {source['name']!r} of the merged dataset {str(path)!r} is not at {str(where)!r}; "
+            f"put it back or merge again"
+        )
+    store = st.Store.open(where, check_sizes=check_sizes)
+    if store.checksum != source["checksum"]:
+        raise DataError(
+            f"source {source['name']!r} of {str(path)!r} was prepared again after the merge ({str(where)!r}); "
+            f"merge again"
+        )
+    return store
+
+
+def _strategy(path: Path) -> str:
+    if not (path / st.MIXTURE).exists():
+        return "single"
+    return st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)["strategy"]
 
 
 def merge(

@@ -167,8 +167,10 @@ class Store:
     _starts: dict[str, np.ndarray] = field(repr=False, compare=False)  # follows from the chunks
 
     @classmethod
-    def open(cls, path: str | Path) -> Store:
+    def open(cls, path: str | Path, *, check_sizes: bool = True) -> Store:
         """Open a dataset directory; reads the manifest and the sizes of all files, no tokens.
+
+        `check_sizes=False` opens one with damaged files too, for `check` to name them all.
 
         Raises:
             DataError: not a dataset, an edited or unreadable manifest, a missing file or one of the wrong size.
@@ -187,7 +189,7 @@ class Store:
             ) from None
         starts = {s: np.cumsum([0, *(c.tokens for c in chunks[s])], dtype=np.int64) for s in SPLITS}
         store = cls(path, manifest, tokenizer, chunks, starts)
-        damage = next(store._wrong_sizes(), None)
+        damage = next(store._wrong_sizes(), None) if check_sizes else None
         if damage is not None:
             raise DataError(
                 f"dataset {str(path)!r} is damaged: {damage}; restore the file or prepare the dataset again"

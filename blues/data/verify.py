@@ -18,11 +18,12 @@ import numpy as np
 import xxhash
 
 from blues.data import store as st
-from blues.data.merge import Dataset, open_dataset
-from blues.errors import DataError
+from blues.data.merge import Dataset, open_dataset, sources_of
+from blues.errors import ConfigError, DataError
 from blues.table import align
 
 SAMPLE_SEED = 0
+REMEDY = "restore the files, or prepare the dataset again with --overwrite (and then merge again)"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Statistics:
     documents: int
     tokens: int
     text_bytes: int
+    mean_length: float
     median_length: float
     longest: int
     used_ids: int
@@ -62,8 +64,8 @@ class Report:
 
     def json(self) -> str:
         """All of it."""
-        tree = {"path": str(self.path), "good": self.good, **asdict(self)}
-        return json.dumps({**tree, "path": str(self.path)}, indent=2)
+        tree = asdict(self) | {"path": str(self.path), "good": self.good}
+        return json.dumps(tree if self.good else tree | {"remedy": REMEDY}, indent=2)
 
     def table(self) -> str:
         """For a person."""
@@ -80,18 +82,22 @@ class Report:
         else:
             lines.append(f"{len(self.issues):,} issue{'s' if len(self.issues) != 1 else ''}:")
             lines += [f"  {issue}" for issue in self.issues]
-            lines.append("restore the files, or prepare the dataset again with --overwrite")
+            lines.append(REMEDY)
         return "\n".join(lines)
 
 
-_HEADER = ("source", "split", "weight", "documents", "tokens", "MB of text", "median", "longest", "ids used", "copies")
+_HEADER = (
+    *("source", "split", "weight", "documents", "tokens", "MB of text"),
+    *("mean", "median", "longest", "ids used", "copies"),
+)
 
 
 def _row(line: Statistics) -> tuple[str, ...]:
     coverage = f"{100 * line.used_ids / line.vocabulary:.1f}%"
     return (
         *(line.source, line.split, f"{line.weight:.3f}", f"{line.documents:,}", f"{line.tokens:,}"),
-        *(f"{line.text_bytes / 1e6:.2f}", f"{line.median_length:,.0f}", f"{line.longest:,}", coverage),
+        *(f"{line.text_bytes / 1e6:.2f}", f"{line.mean_length:,.0f}", f"{line.median_length:,.0f}"),
+        *(f"{line.longest:,}", coverage),
         f"{line.duplicates:,}",
     )
 
@@ -105,18 +111,25 @@ def verify(path: str | Path, *, sample: int = 200) -> Report:
     Raises:
         DataError: there is no dataset at `path` at all. (A damaged one is a report with issues.)
     """
+    if sample < 0:
+        raise ConfigError(f"sample (--sample) must be 0 or a number of documents, got {sample}")
     path = Path(path)
-    try:
-        dataset = open_dataset(path)
-    except DataError as error:
-        if not (path / st.MANIFEST).exists() and not (path / st.MIXTURE).exists():
-            raise
-        return Report(path, (st.Issue(str(path), str(error)),), (), rejected=0, retokenized=0)
+    if not (path / st.MANIFEST).exists() and not (path / st.MIXTURE).exists():
+        open_dataset(path)  # raises: it is none
     issues: list[st.Issue] = []
     statistics: list[Statistics] = []
     seen: set[bytes] = set()
     retokenized = rejected = 0
-    for name, store, weight in zip(dataset.names, dataset.stores, dataset.weights, strict=True):
+    try:
+        sources = list(sources_of(path, check_sizes=False))
+    except DataError as error:
+        return Report(path, (st.Issue(str(path), str(error)),), (), rejected=0, retokenized=0)
+    for name, weight, open_source in sources:
+        try:
+            store = open_source()
+        except DataError as error:
+            issues.append(st.Issue(name, str(error)))
+            continue
         found = store.check()
         issues += [_placed(issue, store) for issue in found]
         rejected += sum(store.manifest["rejected"].values())
@@ -152,9 +165,12 @@ def _tokenize_again(store: st.Store, sample: int) -> tuple[list[st.Issue], int]:
             if position not in wanted:
                 continue
             tried += 1
-            again = tokenizer.encode_array(tokenizer.decode(document.tokens[:-1].tolist()))
-            if not np.array_equal(again, document.tokens[:-1]):
-                where = store.chunks[split][number].data.file
+            where = store.chunks[split][number].data.file
+            text = tokenizer.decode_bytes(document.tokens[:-1].tolist())
+            if len(text) != document.text_bytes:
+                what = f"document {document.id!r} has {len(text)} bytes where its index says {document.text_bytes}"
+                issues.append(st.Issue(where, what))
+            if not np.array_equal(tokenizer.encode_array(text.decode("utf-8", "replace")), document.tokens[:-1]):
                 issues.append(st.Issue(where, f"document {document.id!r} tokenizes to other tokens than are stored"))
     return issues, tried
 
@@ -188,7 +204,7 @@ def _statistics(name: str, store: st.Store, split: str, weight: float, seen: set
         ends = store.index(split, number)["end"].to_numpy().astype(np.int64)
         lengths.append(np.diff(ends, prepend=0))
         tokens = store.chunk(split, number)
-        used_V[np.unique(tokens)] = True
+        used_V[tokens] = True
         start = 0
         for end in ends.tolist():
             digest = xxhash.xxh3_128_digest(tokens[start:end].data)
@@ -203,6 +219,7 @@ def _statistics(name: str, store: st.Store, split: str, weight: float, seen: set
         documents=len(length),
         tokens=int(length.sum()),
         text_bytes=store.text_bytes(split),
+        mean_length=float(length.mean()) if len(length) else 0.0,
         median_length=float(np.median(length)) if len(length) else 0.0,
         longest=int(length.max(initial=0)),
         used_ids=int(used_V.sum()),

@@ -12,7 +12,7 @@ from blues.data import store as st
 from blues.data.merge import merge, open_dataset
 from blues.data.tokenizer import Tokenizer
 from blues.data.verify import mixture_table, verify
-from blues.errors import DataError
+from blues.errors import ConfigError, DataError
 from tests.data.datasets import TOKENIZER, make_store, snapshot
 
 TRAIN = [["one two", "three"], ["one two", "four five six"], ["seven"]]
@@ -106,10 +106,10 @@ def test_truncated_and_missing_chunks_and_edited_manifests_are_issues(path):
     content = file.read_bytes()
     file.write_bytes(content[:-4])
     [issue] = verify(path).issues
-    assert "train-00001.tokens" in issue.what and f"{len(content) - 4:,} bytes" in issue.what
+    assert "train-00001.tokens" in issue.where and f"{len(content) - 4:,} bytes" in issue.what
     file.unlink()
     [issue] = verify(path).issues
-    assert "train-00001.tokens" in issue.what and "No such file" in issue.what
+    assert "train-00001.tokens" in issue.where and "No such file" in issue.what
     file.write_bytes(content)
     assert verify(path).good
     manifest = path / st.MANIFEST
@@ -140,12 +140,25 @@ def test_tokens_that_no_text_gives_are_issues(tmp_path):
 
 def test_the_sample_is_seeded_and_of_the_size_that_was_asked_for(path, monkeypatch):
     looked: list[str] = []
-    decode = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: looked.append(decode(self, ids)) or looked[-1])
+    encode = Tokenizer.encode_array
+    monkeypatch.setattr(Tokenizer, "encode_array", lambda self, text: looked.append(text) or encode(self, text))
     assert [verify(path, sample=count).retokenized for count in (0, 3, 3, 1000)] == [0, 3, 3, 7]
     assert looked[:3] == looked[3:6] and sorted(looked[6:]) == sorted(
         text for chunk in (*TRAIN, *VALIDATION) for text in chunk
     )
+
+
+def test_a_sample_that_is_no_number_of_documents_is_refused(path):
+    with pytest.raises(ConfigError, match=r"sample \(--sample\) must be 0 or a number of documents, got -1"):
+        verify(path, sample=-1)
+
+
+def test_every_damaged_source_of_a_merged_dataset_is_named(mix, tmp_path):
+    (tmp_path / "more" / "chunks" / "train-00000.tokens").unlink()
+    (tmp_path / "data").rename(tmp_path / "gone")
+    first, second = verify(mix).issues
+    assert first.where == "data" and "put it back or merge again" in first.what
+    assert second.where.endswith("train-00000.tokens") and "No such file" in second.what
 
 
 def test_a_damaged_source_of_a_merged_dataset_is_named(mix, tmp_path):
