@@ -69,7 +69,7 @@ def prepare(
 
     Args:
         validation_fraction: share of the documents held out as the split `validation`, chosen by a hash of their ids;
-            at least one document lies in each split if there are two or more and the share is positive.
+            each split gets at least one document if there are two or more (of different ids) and the share is positive.
         num_workers: actors, one CPU each; None for all CPUs of the cluster.
         overwrite: replace another dataset at `output`.
         report: called after every task.
@@ -90,7 +90,7 @@ def prepare(
         lock.acquire()
     except Timeout:
         raise DataError(f"another process is preparing {str(output)!r}; wait for it, or choose another name") from None
-    with lock:
+    try:
         _open_partial(partial, request)
         work = _Work(plan, partial, tokenizer, Split.fraction(validation_fraction), report)
         work.run(num_workers, address)
@@ -98,7 +98,9 @@ def prepare(
             work.fill_splits()
         work.finish(request)
         _publish(partial, output)
+    finally:
         Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     return st.Store.open(output)
 
 
@@ -191,7 +193,9 @@ class _Work:
         for result in ordered:
             rejected.update(result.rejected)
         if not any(result.documents for result in ordered):
-            raise DataError(_nothing_usable(self.plan, rejected, self.partial, len(ordered)))
+            sentence = _nothing_usable(self.plan, rejected, self.partial, len(ordered))
+            shutil.rmtree(self.partial)  # there is nothing to go on with
+            raise DataError(sentence)
         lines = [rejected_line(record) for record in self.plan.rejected]
         content = b"".join([*lines, *(rejected_file(self.partial, n).read_bytes() for n in range(len(ordered)))])
         cfg.write_atomic(self.partial / st.QUARANTINE, content)
