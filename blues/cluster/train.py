@@ -96,9 +96,14 @@ def run_training(
         start = read_checkpoint(newest, verify=False).step if newest else 0
         if start >= experiment.training.steps:
             return _finished_before(experiment, folder, screen)
-        with _tracking(experiment, folder, start, tracker) as chosen:
-            run = _Run(experiment, folder, chosen, screen, on_event, fingerprint)
-            return run.execute(address)
+        if tracker is not None:
+            return _Run(experiment, folder, tracker, screen, on_event, fingerprint).execute(address)
+        own: Tracking = experiment.tracking.build(run_dir=folder, run_name=experiment.name, resume_step=start)
+        with own:
+            result = _Run(experiment, folder, own, screen, on_event, fingerprint).execute(address)
+            if result.interrupted:
+                own.outcome = "KILLED"
+        return result
 
 
 def _open_data(experiment: Experiment) -> str:
@@ -124,17 +129,6 @@ def _finished_before(experiment: Experiment, folder: Path, screen: Progress | No
         metrics=newest,
         figures=sorted((folder / run_folder.FIGURES).glob("*.png")),
     )
-
-
-@contextlib.contextmanager
-def _tracking(experiment: Experiment, folder: Path, start: int, given: Tracker | None) -> Iterator[Tracker]:
-    """The caller's tracker, or one of our own that is finished with the run's outcome."""
-    if given is not None:
-        yield given
-        return
-    own: Tracking = experiment.tracking.build(run_dir=folder, run_name=experiment.name, resume_step=start)
-    with own:
-        yield own
 
 
 class _Run:

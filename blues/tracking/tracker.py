@@ -191,6 +191,8 @@ class Tracking(CompositeTracker, Configurable):
                 resume_step=resume_step,
             )
         super().__init__([self.jsonl] if self.mlflow is None else [self.jsonl, self.mlflow])
+        self.outcome: Status = "FINISHED"
+        """How the run ended, for a `with` block that is left without an error."""
 
     @property
     def url(self) -> str | None:
@@ -213,6 +215,6 @@ class Tracking(CompositeTracker, Configurable):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self.finish("FINISHED")
+            self.finish(self.outcome)
         else:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
