@@ -196,6 +196,7 @@ class _Work:
             sentence = _nothing_usable(self.plan, rejected, self.partial, len(ordered))
             shutil.rmtree(self.partial)  # there is nothing to go on with
             raise DataError(sentence)
+        chunks = [chunk for result in ordered for chunk in result.chunks]
         lines = [rejected_line(record) for record in self.plan.rejected]
         content = b"".join([*lines, *(rejected_file(self.partial, n).read_bytes() for n in range(len(ordered)))])
         cfg.write_atomic(self.partial / st.QUARANTINE, content)
@@ -205,12 +206,20 @@ class _Work:
             tokenizer=self.tokenizer,
             settings=request["settings"],
             source=request["source"],
-            chunks=[chunk for result in ordered for chunk in result.chunks],
+            chunks=chunks,
             rejected=rejected,
             quarantine=quarantine,
         )
+        self._remove_leftovers(chunks)
         shutil.rmtree(self.partial / TASKS)
         (self.partial / REQUEST).unlink()
+
+    def _remove_leftovers(self, chunks: Sequence[st.ChunkRecord]) -> None:
+        """Half-written files of workers that were killed."""
+        whole = {record.file for chunk in chunks for record in (chunk.data, chunk.index)}
+        for path in (self.partial / st.CHUNKS).iterdir():
+            if path.relative_to(self.partial).as_posix() not in whole:
+                path.unlink(missing_ok=True)
 
     def state(self) -> Prepared:
         """How far it is."""

@@ -389,13 +389,14 @@ def test_an_interrupted_run_of_another_request_is_started_anew(serial, tmp_path)
     assert snapshot(store.path) == snapshot(prepare(other, tmp_path / "fresh", TOKENIZER).path)
 
 
-def test_a_task_whose_files_were_damaged_meanwhile_is_done_again(serial, raw, expected, tmp_path):
+def test_a_task_whose_files_were_damaged_is_done_again_and_half_written_files_go(serial, raw, expected, tmp_path):
     with pytest.raises(Interrupt):
         prepare(sources.plan(raw), tmp_path / "data", TOKENIZER, report=interrupted_after(4))
     partial = st.partial_directory(tmp_path / "data")
     [first, second, *_] = sorted((partial / st.CHUNKS).glob("train-*.tokens"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-4])
+    (partial / st.CHUNKS / ".train-00007.tokens.4711.tmp").write_bytes(b"of a worker that was killed")
     states: list[Prepared] = []
     prepare(sources.plan(raw), tmp_path / "data", TOKENIZER, report=states.append)
     assert states[0].resumed == 2 and snapshot(tmp_path / "data") == snapshot(expected)
