@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -34,8 +35,8 @@ def attention_naive(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, mask_BTS: Te
     """The definition, written out; softmax in float32 or better. The reference for every other implementation."""
     _, T, H, C = q_BTHC.shape
     _, S, G, _ = k_BSGC.shape
-    k_BSHC = k_BSGC.repeat_interleave(H // G, dim=2)
-    v_BSHC = v_BSGC.repeat_interleave(H // G, dim=2)
+    k_BSHC = repeat(k_BSGC, "b s g c -> b s (g share) c", share=H // G)
+    v_BSHC = repeat(v_BSGC, "b s g c -> b s (g share) c", share=H // G)
     scores_BHTS = at_least_float32(torch.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC)) * C**-0.5
     if is_causal:
         mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=q_BTHC.device).tril()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from blues import config as cfg
@@ -123,10 +124,11 @@ class Attention(nn.Module, cfg.Configurable):
         """(B, T, D) -> (B, T, D). `layer` is this layer's number in the cache."""
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q_BTHC, k_BTGC, v_BTGC = self.qkv(x_BTD).unflatten(-1, (-1, config.head_dim)).split(heads, dim=2)
+        x_BTHC = rearrange(self.qkv(x_BTD), "b t (heads c) -> b t heads c", c=config.head_dim)
+        q_BTHC, k_BTGC, v_BTGC = x_BTHC.split(heads, dim=2)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHC, k_BTGC = self.query_norm(q_BTHC), self.key_norm(k_BTGC)
         k_BSGC, v_BSGC = (k_BTGC, v_BTGC) if cache is None else cache.update(layer, k_BTGC, v_BTGC)
         q_BTHC, k_BSGC = rotate(q_BTHC, view.query_rotation), rotate(k_BSGC, view.key_rotation)
         out_BTHC = self.attend(q_BTHC, k_BSGC, v_BSGC, view.mask_BTS, view.is_causal)
-        return self.output(out_BTHC.flatten(2))
+        return self.output(rearrange(out_BTHC, "b t h c -> b t (h c)"))
