@@ -66,7 +66,7 @@ def test_it_fails_honestly_if_nothing_was_learned(tmp_path, capsys, margin, stat
     file = MetricsFile(tmp_path / "runs" / "tiny" / "metrics.jsonl")
     file.append({"validation/loss": entropy + margin}, 10)
     file.close()
-    assert conclude(tmp_path, {"Train": 1.0}) == status
+    assert conclude(tmp_path, {"Train": 1.0}, 2.0) == status
     out, err = capsys.readouterr()
     assert f"{entropy:.3f}" in out and f"{entropy + margin:.3f}" in out and "blues ui --directory" in out
     assert ("learned no context" in err) is bool(status)
@@ -76,4 +76,4 @@ def test_a_run_without_validation_is_one_sentence(tmp_path):
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "metrics.jsonl").touch()
     with pytest.raises(BluesError, match="was never validated"):
-        conclude(tmp_path, {})
+        conclude(tmp_path, {}, 0.0)
