@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,40 +161,54 @@ class Lines:
 
 
 class CsvRows:
-    """Rows of a CSV stream: lists of cells, or the `csv.Error` or `LineTooLong` that stands for a bad one.
+    """Rows of a CSV stream: lists of cells, or the `csv.Error` that stands for a bad one.
 
     `position` is the byte behind the last row, so that a new `CsvRows` started there goes on with the next one. Bytes
-    that are not UTF-8 come through as surrogates, for `clean_text` to find.
+    that are not UTF-8 come through as surrogates, for `clean_text` to find. A bad row, such as one with a quote that is
+    never closed, costs the line it began on: reading goes on at the next line.
     """
 
     def __init__(self, stream: BinaryIO, delimiter: str, start: int = 0) -> None:
         csv.field_size_limit(MAX_DOCUMENT_BYTES)
-        self.lines = Lines(stream, start)
-        self._reader = csv.reader(
-            (line.decode("utf-8", "surrogateescape") for line in _endless(self.lines)),
-            delimiter=delimiter,
-            strict=True,  # a stray quote is an error of its row, not a different reading of the rest of the file
-        )
-
-    @property
-    def position(self) -> int:
-        return self.lines.position
+        self.position, self._delimiter = start, delimiter
+        self._lines = _numbered(Lines(stream, start))
+        self._again: deque[tuple[bytes, int]] = deque()  # lines of a bad row but its first, to be read again
+        self._row: list[tuple[bytes, int]] = []  # lines of the row that is being read
 
     def __iter__(self) -> Iterator[list[str] | Exception]:
+        reader = self._reader()
         while True:
+            self._row = []
+            value: list[str] | Exception
             try:
-                row = next(self._reader)
+                value = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield error
-                continue
-            if row:
-                yield row
+                value = error
+                first, *rest = self._row
+                self._again.extendleft(reversed(rest))
+                self._row = [first]
+                reader = self._reader()
+            self.position = self._row[-1][1]
+            if value:
+                yield value
+
+    def _reader(self) -> Iterator[list[str]]:
+        # Strict: a stray quote is an error of its row, not a different reading of the rest of the file.
+        return csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
+
+    def _feed(self) -> Iterator[str]:
+        while True:
+            line = self._again.popleft() if self._again else next(self._lines, None)
+            if line is None:
+                return
+            self._row.append(line)
+            yield line[0].decode("utf-8", "surrogateescape")
 
 
-def _endless(lines: Lines) -> Iterator[bytes]:
-    """The lines, with an over-long one replaced by a line that no CSV row can hold: an opened quote, then text."""
+def _numbered(lines: Lines) -> Iterator[tuple[bytes, int]]:
+    """Each line and the byte behind it; an over-long one is replaced by one that no CSV row can hold."""
     while True:
         try:
             line = next(lines)
@@ -201,7 +216,7 @@ def _endless(lines: Lines) -> Iterator[bytes]:
             return
         except LineTooLong:
             line = b'"too long"x\n'  # an error in strict CSV, inside and outside of a quoted cell
-        yield line.removeprefix(UTF8_MARK) if lines.position == len(line) else line
+        yield line.removeprefix(UTF8_MARK) if lines.position == len(line) else line, lines.position
 
 
 def csv_delimiter(file: str) -> str:

@@ -88,6 +88,20 @@ def test_bad_rows_are_named_and_counted_and_the_rest_is_read(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.parametrize("later", ["", '7,"a, b"\n', '7,"two\nlines"\n'])
+def test_a_quote_that_is_never_closed_costs_its_own_row_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
+    good = "".join(f"{n},good {n}\n" for n in range(3, 1003))
+    (tmp_path / "t.csv").write_text(f'id,text\n1,first\n2,"never closed\n{good}{later}', encoding="utf-8")
+    plan = sources.plan(tmp_path / "t.csv")
+    wanted = ["first", *(f"good {n}" for n in range(3, 1003))]
+    assert texts(plan)[:1001] == wanted and reasons(plan) == [(2, "malformed CSV")]
+    monkeypatch.setattr(sources, "PART_BYTES", 500)
+    cut = sources.plan(tmp_path / "t.csv")
+    assert len(cut.parts) > 5 and read_all(cut) == read_all(plan)
+
+
 def test_a_line_longer_than_a_document_may_be_is_rejected_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
