@@ -21,6 +21,10 @@ class CheckpointError(BluesError):
     """A checkpoint that is missing, damaged, or of another shape than the model."""
 
 
+class TrainingError(BluesError):
+    """Training that went wrong by itself: a loss or gradient that is not finite."""
+
+
 class TrackingError(BluesError):
     """A tracking server that cannot be started or reached when the person asked for it explicitly."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from blues import config as cfg
 from blues.data.batches import Mixture
+from blues.data.tokenizer import WHOLE_VOCABULARY
 from blues.errors import ConfigError
 from blues.evaluation.suite import Evaluation
 from blues.inference.sampling import Sampling
@@ -43,9 +44,10 @@ class Experiment(cfg.Config):
                 f"data.sequence_length={self.data.sequence_length} is longer than the model's context "
                 f"model.max_seq_len={self.model.max_seq_len}; shorten the one or raise the other"
             )
-        vocab_size = self.data.tokenizer.vocab_size
-        if vocab_size is not None and vocab_size > self.model.vocab_size:
+        vocab_size = self.data.tokenizer.vocab_size or WHOLE_VOCABULARY
+        if vocab_size > self.model.vocab_size:
             raise ConfigError(
-                f"data.tokenizer.vocab_size={vocab_size} gives token ids that the model's embedding "
-                f"(model.vocab_size={self.model.vocab_size}) does not have; set both to the same number"
+                f"data.tokenizer.vocab_size={self.data.tokenizer.vocab_size or 'null'} gives {vocab_size:,} token ids, "
+                f"more than the model's embedding has (model.vocab_size={self.model.vocab_size}); set both to the same "
+                "number"
             )

@@ -34,8 +34,6 @@ SEEDS = ("training.seed", "data.seed")
 IRRELEVANT = ("name", "tracking", *SEEDS)
 """Settings that name a run or say where it is followed, not what is learned."""
 
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5% quantiles of Student's t distribution for 1 to 10 degrees of freedom."""
 
 History = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -165,7 +163,13 @@ class Comparison:
         """What the figures allow to say."""
         if len(self.variants) < 2:
             return "There is one variant: nothing to compare."
-        sentences = [_against(self.variants[0], other) for other in self.variants[1:]]
+        pairs = math.comb(len(self.variants), 2)
+        sentences = [_against(self.variants[0], other, pairs) for other in self.variants[1:]]
+        if pairs > 1 and any(len(variant.runs) > 1 for variant in self.variants):
+            sentences.append(
+                f"The best of {len(self.variants)} was chosen by the same figures, so the intervals are widened for "
+                f"all {pairs} pairs (Bonferroni): of sweeps over equal variants at most 5% see a difference."
+            )
         if any(path.startswith("data.") for variant in self.variants for path in variant.settings):
             sentences.append(
                 "The variants read different data or tokens, so their losses are not measured on the same thing: "
@@ -247,8 +251,8 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [path for path in paths if differs(path) and not comes_along(path)]
 
 
-def _against(best: Variant, other: Variant) -> str:
-    """One sentence about the difference between two variants."""
+def _against(best: Variant, other: Variant, pairs: int) -> str:
+    """One sentence about the difference between two variants, of which there are so many pairs."""
     shared = sorted(set(best.by_seed) & set(other.by_seed))
     differences = [other.by_seed[seed]["final_loss"] - best.by_seed[seed]["final_loss"] for seed in shared]
     if not differences or any(math.isnan(difference) for difference in differences):
@@ -257,19 +261,18 @@ def _against(best: Variant, other: Variant) -> str:
     apart = f"{best.name} ended {abs(mean):.4f} {'below' if mean >= 0 else 'above'} {other.name}"
     if len(differences) == 1:
         return f"{apart} with one seed. One seed cannot tell whether that is more than chance: --seeds 3 can."
-    half = t_quantile(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = t_quantile(len(differences) - 1, pairs) * statistics.stdev(differences) / math.sqrt(len(differences))
     interval = f"95% interval {mean - half:+.4f} to {mean + half:+.4f} over {len(differences)} paired seeds"
     if mean - half > 0:
         return f"{apart}: more than chance ({interval})."
     return f"{apart}: not told apart from chance ({interval})."
 
 
-def t_quantile(degrees: int) -> float:
-    """The two-sided 95% quantile of Student's t (above 10 degrees: Cornish-Fisher from the normal, error < 0.003)."""
-    if degrees <= len(T_QUANTILES):
-        return T_QUANTILES[degrees - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+def t_quantile(degrees: int, pairs: int = 1) -> float:
+    """Student's two-sided 95% quantile, for an interval that is one of so many (Bonferroni)."""
+    from scipy import stats  # half a second that most commands need not wait for
+
+    return float(stats.t.ppf(1 - 0.025 / pairs, degrees))
 
 
 def _matters(path: str) -> bool:

@@ -49,6 +49,7 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 START_SECONDS = 90.0
 AGENT_SECONDS = 30.0
 RECONNECT_SECONDS = 60.0
+RECONNECT_HELD_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,23 +120,27 @@ def follow(server: JobServer, submission_id: str, out: TextIO | None = None) -> 
         ClusterError: the job does not exist, or the cluster was out of reach for a minute.
     """
     client, out = connect(server), out or sys.stdout
-    shown, last_contact = 0, time.monotonic()
+    shown, outage_began = 0, 0.0
     try:
         client.get_job_info(submission_id)
     except Exception as error:
         raise _explained(error, server, f"following job {submission_id!r}") from error
     while True:
+        attempt_began = time.monotonic()
         try:
             before = shown
             shown = asyncio.run(_tail(client, submission_id, out, shown))
-            details = client.get_job_info(submission_id)
+            details = _job_info(client, submission_id, shown)
             if details.status.is_terminal():
                 return _exit_status(details, out)
-            last_contact = time.monotonic()
+            outage_began = 0.0
             time.sleep(0.2 if shown > before else 1.0)
         except _TailBroken as broken:
+            held = time.monotonic() - attempt_began > RECONNECT_HELD_SECONDS
+            if broken.shown > shown or held or not outage_began:  # there was contact since the last break
+                outage_began = time.monotonic()
             shown = broken.shown
-            if time.monotonic() - last_contact > RECONNECT_SECONDS:
+            if time.monotonic() - outage_began > RECONNECT_SECONDS:
                 raise _explained(broken.cause, server, f"following job {submission_id!r}") from broken
             time.sleep(1.0)
         except Exception as error:
@@ -148,6 +153,13 @@ class _TailBroken(Exception):
     def __init__(self, shown: int, cause: Exception) -> None:
         super().__init__(str(cause))
         self.shown, self.cause = shown, cause
+
+
+def _job_info(client: JobSubmissionClient, submission_id: str, shown: int) -> JobDetails:
+    try:
+        return client.get_job_info(submission_id)
+    except OSError as error:  # what both the client and its HTTP library raise for a broken connection
+        raise _TailBroken(shown, error) from error
 
 
 async def _tail(client: JobSubmissionClient, submission_id: str, out: TextIO, shown: int) -> int:

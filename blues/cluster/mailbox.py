@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from blues.training.observer import Event, Observer
 
@@ -52,8 +53,12 @@ class Mailbox:
 
 
 def open_mailbox() -> Any:
-    """A handle to a new mailbox actor; it takes no CPU and ends with the process that opened it."""
-    return ray.remote(num_cpus=0)(Mailbox).remote()
+    """A handle to a new mailbox actor; it takes no CPU and ends with the process that opened it.
+
+    It lives on this process's machine: elsewhere, a spot node that is taken away would take the run's events along.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
 
 
 class MailboxObserver(Observer):

@@ -40,7 +40,8 @@ FREE = (
     "inference",
     "evaluation",
 )
-"""What may change between two starts of a run: where and how often, not what is learned."""
+"""What may change between two starts of a run: where, how often, and how the batch is spread. The global batches stay
+the same; with another spread router noise is drawn anew, so the weights are as good but not the same bits."""
 
 
 @contextlib.contextmanager

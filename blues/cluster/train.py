@@ -159,7 +159,7 @@ class _Run:
         threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
         with self._signals(), session.connect(address, num_cpus=cpus) as ray_session:
             gpus = int(ray_session.resources.get("GPU", 0))
-            device = choose_device(self.experiment, gpus, all_there_is=ray_session.started)
+            device = choose_device(self.experiment, gpus, all_there_is=ray_session.one_machine)
             record = provenance.record(
                 self.experiment, data_fingerprint=self.fingerprint, device=f"{parallel.num_workers} x {device}"
             )
@@ -167,8 +167,9 @@ class _Run:
             self.tracker.log_params(provenance.params(self.experiment))
             self.tracker.set_tags(provenance.tags(record))
             self.tracker.log_artifact(self.folder / run_folder.EXPERIMENT)
+            floor = self._floor()
             self._train(device, one_machine=ray_session.one_machine)
-        return self._conclude()
+        return self._conclude(floor)
 
     def _train(self, device: str, *, one_machine: bool) -> None:
         """Run the workers in a thread (Ray would take Ctrl-C from the main one) and listen meanwhile."""
@@ -220,12 +221,12 @@ class _Run:
         if self.on_event is not None:
             self.on_event(event)
 
-    def _conclude(self) -> TrainingResult:
+    def _conclude(self, unigram_entropy: float | None) -> TrainingResult:
         """Figures, the last words, the result."""
         drawable = (self.folder / run_folder.METRICS).exists()  # a caller's tracker may keep its metrics elsewhere
         figures = []
         if drawable:
-            figures = plots.figures(self.folder, name=self.experiment.name, unigram_entropy=self._floor())
+            figures = plots.figures(self.folder, name=self.experiment.name, unigram_entropy=unigram_entropy)
         for figure in figures:
             self.tracker.log_artifact(figure, folder=run_folder.FIGURES)
         steps, taken = self.experiment.training.steps, duration(time.monotonic() - self.began)
@@ -283,15 +284,20 @@ class _Run:
 
 
 def choose_device(experiment: Experiment, gpus: int, *, all_there_is: bool) -> str:
-    """What the workers compute on: as configured, `auto` is CUDA if there is any GPU.
+    """What the workers compute on: as configured, `auto` is CUDA if there is any GPU and refused where one may come.
 
     Args:
         gpus: how many there are now. all_there_is: whether no more will come (this machine, not a growing cluster).
 
     Raises:
-        ConfigError: CUDA, and fewer GPUs than workers.
+        ConfigError: CUDA, and fewer GPUs than workers; `auto`, and no GPU yet.
     """
     parallel = experiment.training.parallel
+    if parallel.device == "auto" and not gpus and not all_there_is:
+        raise ConfigError(
+            "training.parallel.device=auto: this cluster has no GPU now and may get some when they are asked for; say "
+            "training.parallel.device=cuda to wait for them, or training.parallel.device=cpu"
+        )
     device = ("cuda" if gpus else "cpu") if parallel.device == "auto" else parallel.device
     if device == "cuda" and gpus < parallel.num_workers and all_there_is:
         raise ConfigError(

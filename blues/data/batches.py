@@ -117,7 +117,9 @@ class Mixture(cfg.Configurable):
         source = int(self._schedule[position])
         draw = period * self._shares[source] + int(self._ranks[position])
         epoch, place = divmod(draw, self.num_windows[source])
-        key = f"{self.config.seed}:{self.dataset.stores[source].fingerprint}:{self.split}:{epoch}"
+        # What is held out is the same for every seed: runs with other seeds are measured on the same windows.
+        seed = self.config.seed if self.split == "train" else 0
+        key = f"{seed}:{self.dataset.stores[source].fingerprint}:{self.split}:{epoch}"
         return source, permute(place, self.num_windows[source], xxhash.xxh3_64_intdigest(key.encode()))
 
     def sample(self, index: int) -> Sample:

@@ -28,6 +28,8 @@ from blues.errors import ConfigError, DataError
 VOCABULARY_FILE = Path(__file__).parent / "vocab" / "o200k_base.tiktoken"
 VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 NUM_RANKS = 199_998
+WHOLE_VOCABULARY = 200_019
+"""Ids of the whole o200k_base: its ranks, its special tokens, and unused ones between them."""
 END_OF_TEXT = "<|endoftext|>"
 END_OF_PROMPT = "<|endofprompt|>"
 # The ids of the whole o200k_base; those between the ranks and the specials are unused.

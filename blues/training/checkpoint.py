@@ -36,6 +36,7 @@ from blues.errors import CheckpointError
 FORMAT, VERSION = "blues-checkpoint", 1
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, TREE, RECORD = "model.safetensors", "optimizer.safetensors", "experiment.yaml", "checkpoint.json"
+FILES = (MODEL, OPTIMIZER, TREE)
 STEP_NAME = re.compile(r"step-(\d{8,})")
 logger = logging.getLogger("blues")
 
@@ -111,7 +112,7 @@ def write_checkpoint(
     save_file(dict(optimizer_state), temporary / OPTIMIZER, metadata={"format": "pt"})
     (temporary / TREE).write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
     files = {}
-    for name in (MODEL, OPTIMIZER, TREE):
+    for name in FILES:
         _synchronize(temporary / name)
         files[name] = {"bytes": (temporary / name).stat().st_size, "xxh3": _checksum(temporary / name)}
     record = {
@@ -172,9 +173,14 @@ def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     return [child for _, child in sorted(found)]
 
 
-def prune_checkpoints(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what an interrupted write left."""
-    for folder in checkpoint_folders(run_dir)[:-keep]:
+def prune_checkpoints(run_dir: str | Path, keep: int, written: Path | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints, and what an interrupted write left.
+
+    `written`: one that is known to be good and always stays; a later one may be the damaged one that was passed over.
+    """
+    others = [folder for folder in checkpoint_folders(run_dir) if folder != written]
+    keep_others = keep - (written is not None)
+    for folder in others[: len(others) - keep_others]:
         shutil.rmtree(folder)
     for leftover in (Path(run_dir) / FOLDER).glob(".step-*.tmp"):
         shutil.rmtree(leftover)
@@ -187,15 +193,20 @@ def _open(path: Path, verify: bool) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint: {RECORD} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / RECORD} cannot be read ({error})") from None
-    if record.get("format") != FORMAT or record.get("version") != VERSION:
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         raise CheckpointError(f"{path / RECORD} is not a {FORMAT} of version {VERSION}; this Blues cannot read it")
-    for name, expected in record["files"].items():
+    try:
+        files = {name: (record["files"][name]["bytes"], record["files"][name]["xxh3"]) for name in FILES}
+        facts = int(record["step"]), int(record["tokens"]), str(record["data_fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / RECORD} lacks or cannot use {error}") from None
+    for name, (expected, checksum) in files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"]:
+        if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(f"{file} {found}, expected {expected['bytes']} bytes")
-        if verify and _checksum(file) != expected["xxh3"]:
+            raise CheckpointError(f"{file} {found}, expected {expected} bytes")
+        if verify and _checksum(file) != checksum:
             raise CheckpointError(f"{file} is damaged: its checksum is not the one that was written")
     try:
         tree = yaml.safe_load((path / TREE).read_text(encoding="utf-8"))
@@ -204,7 +215,7 @@ def _open(path: Path, verify: bool) -> Checkpoint:
                 pass
     except (yaml.YAMLError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
-    return Checkpoint(path, record["step"], record["tokens"], record["data_fingerprint"], tree)
+    return Checkpoint(path, *facts, tree)
 
 
 def _differing(saved: Any, wanted: Any, path: str) -> list[str]:

@@ -13,6 +13,7 @@ Metrics: train/{loss, cross_entropy, load_balancing, router_z, gradient_norm, le
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from blues import config as cfg
 from blues.data.batches import Batch, Mixture, rank_indices
-from blues.errors import CheckpointError, ConfigError
+from blues.errors import CheckpointError, ConfigError, TrainingError
 from blues.model.moe.layer import MoE
 from blues.model.transformer import Transformer, is_mixture
 from blues.tracking.metrics import ExpertStatistics
@@ -235,9 +236,15 @@ class _Loop:
             return output.losses.total
 
         rate_factor = self.schedule.factor(self.step - 1)
-        gradient_norm = self.engine.update(micro_batch, rate_factor)
+        gradient_norm = float(self.engine.update(micro_batch, rate_factor))
+        if not 0 <= gradient_norm < math.inf:  # DeepSpeed says -1 for one that is not a number
+            raise TrainingError(
+                f"the gradient of step {self.step:,} is not finite: training diverged. Nothing was saved of it; lower "
+                f"training.optimizer.lr, raise training.schedule.warmup_steps or clip harder "
+                f"(training.gradient_clipping), and start with --fresh or another --run-dir"
+            )
         if log:
-            self._log(float(gradient_norm), self.config.optimizer.lr * rate_factor)
+            self._log(gradient_norm, self.config.optimizer.lr * rate_factor)
 
     def _forward(self, tokens: Tensor) -> Any:
         """The model's output for tokens int64[B, T + 1]."""
@@ -299,7 +306,7 @@ class _Loop:
                         "dtype": str(self.dtype),
                     },
                 )
-                prune_checkpoints(self.run_dir, self.config.keep_checkpoints)
+                prune_checkpoints(self.run_dir, self.config.keep_checkpoints, written=path)
                 seconds = time.perf_counter() - began
                 self._send("checkpoint", {"throughput/checkpoint_seconds": seconds}, details={"path": str(path)})
             self.ranks.barrier()
