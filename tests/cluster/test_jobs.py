@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -175,3 +176,46 @@ def test_leaving_the_block_stops_every_process_and_removes_the_folder(tmp_path):
 )
 def test_the_entrypoint_quotes_what_a_shell_would_split(folder, expected):
     assert jobs.entrypoint("train", ["tiny", "a b"], folder) == expected
+
+
+class Flaky:
+    """A job server whose log breaks off after `held` seconds at each piece, on a clock of its own."""
+
+    def __init__(self, pieces, held):
+        self.pieces, self.held, self.now, self.tails = pieces, held, 1000.0, 0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def get_job_info(self, submission_id):
+        ended = self.tails > len(self.pieces)
+        status = SimpleNamespace(is_terminal=lambda: ended, value="SUCCEEDED" if ended else "RUNNING")
+        return SimpleNamespace(status=status, driver_exit_code=0)
+
+    async def tail_job_logs(self, submission_id):
+        self.tails += 1
+        yield "".join(self.pieces[: self.tails])
+        self.now += self.held
+        if self.tails <= len(self.pieces):
+            raise RuntimeError("the connection broke")
+
+
+@pytest.mark.parametrize("held", [3600.0, 0.0])
+def test_a_log_that_breaks_off_is_taken_up_again_and_printed_once(monkeypatch, held):
+    flaky, out = Flaky([f"piece {n}\n" for n in range(5)], held), io.StringIO()
+    monkeypatch.setattr(jobs, "connect", lambda server: flaky)
+    monkeypatch.setattr(jobs, "time", flaky)
+    assert jobs.follow(jobs.JobServer(address="http://127.0.0.1:1"), "job", out) == 0
+    assert out.getvalue() == "".join(flaky.pieces)
+
+
+def test_a_cluster_that_stays_away_for_a_minute_ends_the_following(monkeypatch):
+    flaky = Flaky([""] * 1000, 0.0)
+    monkeypatch.setattr(jobs, "connect", lambda server: flaky)
+    monkeypatch.setattr(jobs, "time", flaky)
+    with pytest.raises(ClusterError):
+        jobs.follow(jobs.JobServer(address="http://127.0.0.1:1"), "job", io.StringIO())
+    assert 60 <= flaky.now - 1000 < 70

@@ -259,3 +259,6 @@ def test_auto_takes_gpus_if_there_are_any(data, asked, gpus, chosen):
 def test_a_growing_cluster_may_still_bring_the_gpus(data):
     exp = two_workers(data, **{"parallel.device": "cuda"})
     assert choose_device(exp, 0, all_there_is=False) == "cuda"
+    undecided = two_workers(data, **{"parallel.device": "auto"})
+    with pytest.raises(ConfigError, match="no GPU now.*device=cuda to wait for them, or .*device=cpu"):
+        choose_device(undecided, 0, all_there_is=False)

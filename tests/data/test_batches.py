@@ -392,3 +392,8 @@ def test_no_path_no_dataset_and_an_impossible_length_are_refused(tmp_path):
         open_mixture(tmp_path / "absent")
     with pytest.raises(ConfigError, match="sequence_length: 0 must be at least 1"):
         Mixture.Config(sequence_length=0)
+
+
+def test_every_seed_is_measured_on_the_same_held_out_windows(folder):
+    first, other = (open_mixture(folder / "mix", seed=seed, split="validation") for seed in (0, 1))
+    assert [first.window_of(index) for index in range(20)] == [other.window_of(index) for index in range(20)]

@@ -112,6 +112,24 @@ def test_pruning_keeps_the_newest(tmp_path):
     assert [folder.name for folder in ck.checkpoint_folders(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
+def test_pruning_keeps_the_one_just_written_beside_a_later_damaged_one(tmp_path):
+    later, _, _ = write(tmp_path, 8)
+    (later / ck.MODEL).write_bytes(b"damaged")
+    written, _, _ = write(tmp_path, 6)
+    ck.prune_checkpoints(tmp_path, keep=1, written=written)
+    assert ck.latest_checkpoint(tmp_path) == written and ck.checkpoint_folders(tmp_path) == [written]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"format": "blues-checkpoint", "version": 1}', "{"])
+def test_a_record_that_is_none_is_damage_and_passed_over(tmp_path, content):
+    good, _, _ = write(tmp_path, 1)
+    bad, _, _ = write(tmp_path, 2)
+    (bad / ck.RECORD).write_text(content)
+    with pytest.raises(CheckpointError, match="checkpoint.json"):
+        ck.read_checkpoint(bad)
+    assert ck.latest_checkpoint(tmp_path) == good
+
+
 def test_another_shape_names_the_tensor_both_shapes_and_the_key(tmp_path):
     path, _, _ = write(tmp_path, 1)
     read = ck.read_checkpoint(path)

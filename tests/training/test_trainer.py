@@ -12,9 +12,9 @@ import torch
 
 from blues import config as cfg
 from blues.data.batches import rank_indices
-from blues.errors import CheckpointError
+from blues.errors import CheckpointError, TrainingError
 from blues.experiment import Experiment
-from blues.training.checkpoint import read_checkpoint
+from blues.training.checkpoint import checkpoint_folders, read_checkpoint
 from blues.training.observer import Recorder
 from blues.training.optim import parameter_groups
 from blues.training.trainer import Outcome, Trainer, noise_seed
@@ -192,6 +192,16 @@ def test_another_shape_is_refused(data, tmp_path):
     train(exp, tmp_path, stop_after=1)
     with pytest.raises(CheckpointError, match="look at model.moe.num_experts"):
         train(exp.override({"model.moe.num_experts": 6}), tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_diverged_run_stops_and_saves_nothing_of_it(data, tmp_path, stage):
+    exp = experiment(data, checkpoint_every=1, **{"optimizer.lr": 1e30, "parallel.zero_stage": stage})
+    recorder = Recorder()
+    with pytest.raises(TrainingError, match=r"the gradient of step \d is not finite: training diverged.*optimizer.lr"):
+        trainer(exp, tmp_path, recorder).run()
+    for folder in checkpoint_folders(tmp_path):
+        assert all(tensor.isfinite().all() for tensor in tensors(folder).values()), folder
 
 
 def test_a_parameter_left_out_of_the_loss_is_named(data, tmp_path):

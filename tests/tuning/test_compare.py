@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from scipy import stats
 
 from blues import config as cfg
 from blues.errors import DataError
-from tuning.compare import Run, compare, label, t_quantile
+from tuning.compare import Run, _against, compare, label, t_quantile
 from tuning.experiments import resolve
 from tuning.figures import draw_comparison
 
@@ -82,8 +83,22 @@ def test_paired_seeds_tell_a_steady_difference_from_chance(tmp_path):
 
 
 def test_the_interval_is_students(tmp_path):
-    for degrees in (1, 2, 5, 10, 11, 20, 100):
-        assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=0.003)
+    # Student's table, two-sided 95%; and 99% for each of five intervals that hold together at 95%
+    for degrees, single, of_five in ((1, 12.706, 63.657), (2, 4.303, 9.925), (10, 2.228, 3.169), (100, 1.984, 2.626)):
+        assert t_quantile(degrees) == pytest.approx(single, abs=0.001)
+        assert t_quantile(degrees, pairs=5) == pytest.approx(of_five, abs=0.001)
+
+
+def test_equal_variants_are_rarely_told_apart_however_many_there_are():
+    generator, claims, sweeps = np.random.default_rng(0), 0, 400
+    for _ in range(sweeps):
+        losses = generator.normal(size=(6, 4))  # six equal variants, four seeds
+        best, *others = (
+            SimpleNamespace(name="v", by_seed={(seed, seed): {"final_loss": loss} for seed, loss in enumerate(row)})
+            for row in losses[losses.mean(axis=1).argsort()].tolist()
+        )
+        claims += any("more than chance (" in _against(best, other, 15) for other in others)
+    assert claims / sweeps <= 0.05
 
 
 def test_different_data_is_warned_about(tmp_path):
