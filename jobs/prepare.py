@@ -85,7 +85,7 @@ class Screen:
         self.last = time.monotonic()
         line = (
             f"{count_bytes(state.bytes_done)} of {count_bytes(state.bytes)}  {count(state.documents)} documents  "
-            f"{count(state.tokens)} tokens"
+            f"{count(state.tokens)} tokens  {count_bytes(state.rate)}/s"
         )
         sys.stderr.write(f"\r\x1b[2K{line}" if self.interactive else f"{line}\n")
         sys.stderr.flush()
@@ -119,9 +119,8 @@ def summary(store, planned, state) -> list[str]:
     if state is None:
         lines.append("  it was there already; nothing was done")
     else:
-        rate = state.bytes / max(state.seconds, 1e-9)
         before = f", {state.resumed:,} of {state.tasks:,} parts from an earlier start" if state.resumed else ""
-        lines.append(f"  {state.seconds:.1f} s, {count_bytes(rate)}/s{before}")
+        lines.append(f"  {state.seconds:.1f} s, {count_bytes(state.rate)}/s with the start of Ray{before}")
     return lines
 
 

@@ -41,7 +41,8 @@ Report = Callable[["Prepared"], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """How far it is: tasks and source bytes done, of all; what came of them. `resumed`: tasks an earlier run did."""
+    """How far it is: tasks and source bytes done, of all; what came of them. `resumed` and `bytes_resumed`: what an
+    earlier run did. `seconds` of this run, the start of Ray included."""
 
     tasks: int
     tasks_done: int
@@ -51,7 +52,13 @@ class Prepared:
     tokens: int
     rejected: int
     resumed: int
+    bytes_resumed: int
     seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Source bytes per second of this run."""
+        return (self.bytes_done - self.bytes_resumed) / max(self.seconds, 1e-9)
 
 
 def prepare(
@@ -69,7 +76,8 @@ def prepare(
 
     Args:
         validation_fraction: share of the documents held out as the split `validation`, chosen by a hash of their ids;
-            each split gets at least one document if there are two or more (of different ids) and the share is positive.
+            each split gets at least one document if there are two or more (of different ids) and the share is positive,
+            and a document that is alone is for training.
         num_workers: actors, one CPU each; None for all CPUs of the cluster.
         overwrite: replace another dataset at `output`.
         report: called after every task.
@@ -113,7 +121,7 @@ class _Work:
         self.began = time.monotonic()
         found = ((number, TaskResult.read(partial, number)) for number in range(len(self.tasks)))
         self.results: dict[int, TaskResult] = {number: result for number, result in found if result is not None}
-        self.resumed = len(self.results)
+        self.resumed = set(self.results)
 
     def run(self, num_workers: int | None, address: str | None) -> None:
         """Do what is not done yet."""
@@ -163,22 +171,32 @@ class _Work:
             yield number, result
 
     def fill_splits(self) -> None:
-        """Move the split's border by one document where a small dataset left a split empty, and redo its task."""
-        counts: Counter[str] = Counter()
-        for result in self.results.values():
-            counts.update({chunk.split: chunk.documents for chunk in result.chunks})
-        if sum(counts.values()) < 2 or all(counts[split] for split in st.SPLITS):
-            return
-        if not counts["validation"]:
-            border, task = min((r.lowest, n) for n, r in self.results.items() if r.lowest is not None)
-            split = Split(border + 1)
+        """Move the border to the nearest id where a small dataset left a split empty, and redo the tasks it crosses.
+
+        Decided by the ids alone, not by what lies in the splits by now: an interrupted move is finished, not mistaken
+        for an ordinary split.
+        """
+        extremes = {
+            task: (result.lowest, result.highest)
+            for task, result in self.results.items()
+            if result.lowest is not None and result.highest is not None
+        }
+        lowest = min((low for low, _ in extremes.values()), default=0)
+        highest = max((high for _, high in extremes.values()), default=0)
+        if lowest == highest:
+            split = Split(0)  # one id, so nothing can be held out without being trained on
+        elif self.split.of(lowest) != "validation":
+            split = Split(lowest + 1)
+        elif self.split.of(highest) != "train":
+            split = Split(highest)
         else:
-            border, task = max((r.highest, n) for n, r in self.results.items() if r.highest is not None)
-            split = Split(border)
-        self._discard(task)
-        self.results[task] = run_task(
-            self.partial, task, self.plan.root, self.tasks[task], self.tokenizer.build(), split
-        )
+            return
+        for task, (low, high) in extremes.items():
+            if {chunk.split for chunk in self.results[task].chunks} != {split.of(low), split.of(high)}:
+                self._discard(task)
+                self.results[task] = run_task(
+                    self.partial, task, self.plan.root, self.tasks[task], self.tokenizer.build(), split
+                )
 
     def _discard(self, task: int) -> None:
         result_file(self.partial, task).unlink()
@@ -232,7 +250,8 @@ class _Work:
             documents=sum(result.documents for result in self.results.values()),
             tokens=sum(result.tokens for result in self.results.values()),
             rejected=sum(sum(result.rejected.values()) for result in self.results.values()),
-            resumed=self.resumed,
+            resumed=len(self.resumed),
+            bytes_resumed=sum(weights[number] for number in self.resumed),
             seconds=time.monotonic() - self.began,
         )
 

@@ -24,7 +24,7 @@ from blues.config import nearest
 from blues.data import store as st
 from blues.errors import DataError
 
-FORMAT = "blues-mixture"
+FORMAT = st.MIXTURE_FORMAT
 VERSION = 1
 Strategy = Literal["weighted", "equal", "proportional"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

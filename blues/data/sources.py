@@ -17,12 +17,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from blues.config import nearest
+from blues.data import store
 from blues.data.readers import (
     COMPRESSIONS,
     CsvRows,
@@ -103,7 +105,9 @@ class Plan:
 def plan(
     path: str | Path, *, text_column: str | None = None, id_column: str | None = None, kind: str | None = None
 ) -> Plan:
-    """Plan the reading of a file, or of a folder and all below it (links and hidden folders are passed over).
+    """Plan the reading of a file, or of a folder and all below it.
+
+    In a folder, links, hidden folders and datasets of Blues are passed over: the output may lie inside the source.
 
     Args:
         text_column, id_column: of tables (CSV, JSON Lines, Parquet). Without `text_column`: `text`, `content` or
@@ -117,6 +121,8 @@ def plan(
     if kind is not None and kind not in KINDS:
         raise DataError(f"unknown format {kind!r}.{nearest(kind, KINDS)}")
     ignored: Counter[str] = Counter()
+    if store.is_dataset(path):
+        raise DataError(f"{str(path)!r} is a dataset of Blues already; name the files it was to be made of")
     if path.is_dir():
         root, files = path, list(_walk(path, kind, ignored))
     elif path.is_file():
@@ -130,6 +136,7 @@ def plan(
         try:
             try:
                 found = _plan_file(root, file, _kind(path, file, kind), text_column, id_column)
+                ignored["empty table"] += not found
             except DataError as error:
                 if path.is_file():
                     raise
@@ -144,7 +151,7 @@ def plan(
     if rejected and (not parts or (text_column and all(part.text_column is None for part in parts))):
         raise DataError(f"no table in {str(path)!r} can be read; {rejected[0].file}: {rejected[0].detail}")
     if not parts:
-        found_text = ", ".join(f"{count} {what}" for what, count in ignored.most_common(5))
+        found_text = ", ".join(f"{count} {what}" for what, count in (+ignored).most_common(5))
         raise DataError(
             f"nothing to read in {str(path)!r}"
             + (f" (passed over: {found_text})" if found_text else "; it is empty")
@@ -155,15 +162,22 @@ def plan(
         name=path.resolve().name,
         parts=tuple(parts),
         rejected=tuple(rejected),
-        ignored=dict(sorted(ignored.items())),
+        ignored=dict(sorted((+ignored).items())),
         content=digest.hexdigest(),
     )
 
 
 def _walk(root: Path, kind: str | None, ignored: Counter[str]) -> Iterator[str]:
-    """Files below `root` that are read, relative to it, in the order of their names."""
+    """Files below `root` that are read, relative to it, in the order of their names.
+
+    Raises:
+        DataError: a folder that cannot be listed.
+    """
     found = []
-    for folder, folders, names in os.walk(root):  # does not follow links, so that a loop of them ends
+    for folder, folders, names in os.walk(root, onerror=_refuse):  # does not follow links: a loop of them ends
+        if store.is_dataset(Path(folder)):  # not told in the plan, which must be the same once the output is there
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
         for name in names:
             path = Path(folder, name)
@@ -176,6 +190,10 @@ def _walk(root: Path, kind: str | None, ignored: Counter[str]) -> Iterator[str]:
             else:
                 found.append(path.relative_to(root).as_posix())
     yield from sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise DataError(f"cannot read folder {str(error.filename)!r}: {error.strerror}; mend its permissions") from None
 
 
 def guess_kind(name: str) -> str | None:

@@ -34,6 +34,7 @@ from blues.data import tokenizer as tok
 from blues.errors import ConfigError, DataError
 
 FORMAT = "blues-store"
+MIXTURE_FORMAT = "blues-mixture"
 VERSION = 1
 MANIFEST = "manifest.json"
 MIXTURE = "mixture.json"
@@ -395,6 +396,18 @@ def read_checked_json(directory: Path, name: str, kind: str, version: int) -> di
 def encode_json(value: Any, indent: int | None = None) -> bytes:
     """UTF-8 JSON that keeps names readable; a file name that is not UTF-8 turns into escapes that load reads back."""
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def is_dataset(directory: Path) -> bool:
+    """Whether a folder is a prepared or merged dataset, going by the first words of its manifest."""
+    for name, words in ((MANIFEST, FORMAT), (MIXTURE, MIXTURE_FORMAT)):
+        try:
+            with open(directory / name, "rb") as file:
+                if f'"format": "{words}"'.encode() in file.read(64):
+                    return True
+        except OSError:
+            continue
+    return False
 
 
 def file_checksum(path: Path) -> str:

@@ -296,14 +296,61 @@ def test_only_one_document_moves_to_fill_a_split(serial, tmp_path, monkeypatch, 
 def test_no_share_holds_nothing_out_and_one_document_needs_no_company(serial, tmp_path):
     store = prepare(write_rows(tmp_path / "a.csv", 50), tmp_path / "data", TOKENIZER, validation_fraction=0)
     assert [store.num_documents(split) for split in st.SPLITS] == [50, 0] and store.check() == []
-    alone = prepare(write_rows(tmp_path / "b.csv", 1), tmp_path / "alone", TOKENIZER)
-    assert sum(alone.num_documents(split) for split in st.SPLITS) == 1
+    for fraction in (1e-9, 0.999999):  # hashed to either side
+        alone = prepare(
+            write_rows(tmp_path / f"{fraction}.csv", 1),
+            tmp_path / f"{fraction}",
+            TOKENIZER,
+            validation_fraction=fraction,
+        )
+        assert [alone.num_documents(split) for split in st.SPLITS] == [1, 0] and alone.check() == []
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999])
+@pytest.mark.parametrize("ids", [["a"] * 6, ["a", "b"] * 3])
+def test_documents_of_one_id_stay_together_also_where_a_split_is_filled(serial, tmp_path, monkeypatch, fraction, ids):
+    """Each document is a task of its own, and a move that is interrupted between two tasks ends like any other."""
+    (tmp_path / "a.csv").write_text("id,text\n" + "".join(f"{id},text {n}\n" for n, id in enumerate(ids)))
+    monkeypatch.setattr(sources, "PART_BYTES", 1)
+    plan = sources.plan(tmp_path / "a.csv", id_column="id")
+    store = prepare(plan, tmp_path / "data", TOKENIZER, validation_fraction=fraction)
+    counts = [store.num_documents(split) for split in st.SPLITS]
+    assert counts == ([6, 0] if len(set(ids)) == 1 else [3, 3]) and store.check() == []
+    assert ids_of(store, "train").isdisjoint(ids_of(store, "validation"))
+
+    moved = []
+
+    def interrupted(*arguments):
+        if len(moved) == 1:
+            raise Interrupt
+        moved.append(arguments[1])
+        return run_task(*arguments)
+
+    monkeypatch.setattr(preparing, "run_task", interrupted)
+    try:
+        prepare(plan, tmp_path / "again", TOKENIZER, validation_fraction=fraction)
+    except Interrupt:
+        monkeypatch.setattr(preparing, "run_task", run_task)
+        prepare(plan, tmp_path / "again", TOKENIZER, validation_fraction=fraction)
+    assert snapshot(tmp_path / "again") == snapshot(tmp_path / "data")
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])
 def test_a_fraction_that_is_no_share_is_refused(tmp_path, fraction):
     with pytest.raises(DataError, match=r"validation fraction .* is not a share; give a number in \[0, 1\)"):
         prepare(write_rows(tmp_path / "a.csv", 2), tmp_path / "data", TOKENIZER, validation_fraction=fraction)
+
+
+def test_the_rate_counts_what_this_run_did(serial, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PART_BYTES", 100)
+    plan = write_rows(tmp_path / "a.csv", 60)
+    with pytest.raises(Interrupt):
+        prepare(plan, tmp_path / "data", TOKENIZER, report=interrupted_after(4))
+    states: list[Prepared] = []
+    prepare(plan, tmp_path / "data", TOKENIZER, report=states.append)
+    assert states[0].resumed >= 4 and states[0].bytes_resumed == states[0].bytes_done > 0 and states[0].rate == 0
+    assert states[-1].bytes_done == states[-1].bytes
+    assert states[-1].rate * states[-1].seconds == pytest.approx(states[-1].bytes - states[0].bytes_done)
 
 
 # What is there already.

@@ -17,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blues.data import readers, sources
+from blues.data.merge import merge
 from blues.data.readers import Document, Rejected, read_part
 from blues.errors import DataError
+from tests.data.datasets import make_store
 
 NO_FIXTURE_CHECK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -235,3 +237,34 @@ def test_a_table_without_the_column_does_not_stop_a_folder(tmp_path: Path) -> No
     write(tmp_path / "only", "x.bin", b"1")
     with pytest.raises(DataError, match=r"nothing to read in .*passed over: 1 \.bin"):
         sources.plan(tmp_path / "only")
+
+
+def test_datasets_inside_a_source_are_not_read(tmp_path: Path) -> None:
+    """So that the output may lie inside the source, and the same command again finds the same source."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("text\nrow\n")
+    (tmp_path / "in" / "empty.csv").touch()
+    before = sources.plan(tmp_path / "in")
+    assert before.ignored == {"empty table": 1}
+    dataset = make_store(tmp_path / "in" / "data", train=[["a"]], validation=[["b"]])
+    merge([dataset], tmp_path / "in" / "mixed", strategy="equal")
+    assert sources.plan(tmp_path / "in") == before
+    with pytest.raises(DataError, match="is a dataset of Blues already; name the files"):
+        sources.plan(dataset)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_not_an_omission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("text\nrow\n")
+    (tmp_path / "locked").mkdir()
+    listing = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="cannot read folder '.*locked': Permission denied"):
+        sources.plan(tmp_path)
