@@ -14,7 +14,6 @@ Exit statuses: what the job returns (0 is success); 2 for anything the person ca
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import pkgutil
 import sys
@@ -178,10 +177,12 @@ def run_job(name: str, argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if not isinstance(error, PermissionError) and error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-            raise
         where = f" {error.filename!r}" if error.filename else ""
-        return _fail(name, f"cannot use{where}: {error.strerror}; check its permissions and free space", debug)
+        return _fail(
+            name,
+            f"cannot read or write{where}: {error.strerror or error}; check the path, its permissions and free space",
+            debug,
+        )
 
 
 def _fail(name: str, sentence: str, debug: bool) -> int:

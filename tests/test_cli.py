@@ -105,17 +105,19 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["doit"])
 
 
-def test_a_full_or_forbidden_disk_is_one_sentence(monkeypatch, capsys):
+def test_a_path_that_cannot_be_used_is_one_sentence(monkeypatch, capsys):
     for error in (
         OSError(errno.ENOSPC, "No space left on device", "/data/x"),
         PermissionError(13, "denied", "/data/x"),
+        FileNotFoundError(2, "No such file or directory", "/data/x"),
+        NotADirectoryError(20, "Not a directory", "/data/x"),
     ):
         fake(monkeypatch, raising(error))
         assert cli.main(["doit"]) == 2
-        assert capsys.readouterr().err.startswith("blues doit: cannot use '/data/x': ")
-    fake(monkeypatch, raising(FileNotFoundError(2, "a bug", "/x")))
-    with pytest.raises(FileNotFoundError):
-        cli.main(["doit"])
+        shown = capsys.readouterr().err
+        assert shown.startswith("blues doit: cannot read or write '/data/x': ") and shown.count("\n") == 1
+        assert cli.main(["doit", "--debug"]) == 2
+        assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_status_of_the_job_is_the_status_of_the_command(monkeypatch):

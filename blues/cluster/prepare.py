@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -92,7 +93,7 @@ def prepare(
     if _is_there(output, request, overwrite):
         return st.Store.open(output)
     partial = st.partial_directory(output)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    _make_writable(partial.parent)
     lock = FileLock(partial.with_suffix(".lock"), timeout=0)
     try:
         lock.acquire()
@@ -335,6 +336,22 @@ def _open_partial(partial: Path, request: dict[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     cfg.write_atomic(partial / REQUEST, st.encode_json(request))
+
+
+def _make_writable(folder: Path) -> None:
+    """Make a folder, and be sure that files can be made in it (a lock that cannot be made looks like one that is held).
+
+    Raises:
+        DataError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"cannot write into {str(folder)!r} ({error.strerror}); choose another place for the dataset"
+        ) from None
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -3,9 +3,9 @@
 In: an `Experiment` and a run folder. Out: a `TrainingResult`; checkpoints, metrics, figures and logs in the folder.
 
 The driver takes no CPU of the cluster. Workers send events through the mailbox; a crash of a worker restarts all of
-them from the newest checkpoint (`training.max_failures` times). Ctrl-C (or SIGTERM) lets the workers save at the next
-step; a second one aborts. The same call again resumes. Inside a process that is connected to Ray already, such as a
-Ray Tune trial, that connection is used and left alone.
+them from the newest checkpoint (`training.max_failures` times). Ctrl-C, or SIGTERM to this process, lets the workers
+save at the next step; a second one aborts. The same call again resumes. Inside a process that is connected to Ray
+already, such as a Ray Tune trial, that connection is used and left alone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ def run_training(
         choose_device(experiment, torch.cuda.device_count(), all_there_is=True)  # before anything is written
     with run_folder.hold(run_dir, experiment, fresh=fresh) as folder:
         newest = latest_checkpoint(folder, screen.warn if screen else lambda message: None)
-        start = read_checkpoint(newest, verify=False).step if newest else 0
+        start = 0
+        if newest:
+            checkpoint = read_checkpoint(newest, verify=False)
+            checkpoint.check_data(fingerprint, experiment.data.path)
+            start = checkpoint.step
         if start >= experiment.training.steps:
             return _finished_before(experiment, folder, screen)
         if tracker is not None:
@@ -155,9 +159,11 @@ class _Run:
         cpus = max(os.cpu_count() or 1, parallel.num_workers * parallel.cpus_per_worker)
         if self.screen:
             self.screen.note(f"run folder: {self.folder}")
+            self.screen.note(f"starting Ray and {parallel.num_workers} workers, some ten seconds ...")
         # Importing Ray Train takes as long as starting Ray, which mostly waits: do both at once.
         threading.Thread(target=import_module, args=("ray.train.torch",), daemon=True).start()
-        with self._signals(), session.connect(address, num_cpus=cpus) as ray_session:
+        # The signals after the connection: starting Ray puts a handler of its own, which dumps core, on SIGTERM.
+        with session.connect(address, num_cpus=cpus) as ray_session, self._signals():
             gpus = int(ray_session.resources.get("GPU", 0))
             device = choose_device(self.experiment, gpus, all_there_is=ray_session.one_machine)
             record = provenance.record(

@@ -187,6 +187,7 @@ def export_huggingface(model: Transformer, tokenizer: Tokenizer, directory: str 
             write_atomic(temporary / name, json.dumps(content, indent=2, ensure_ascii=False).encode())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in hf_state.items()}
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        os.chmod(temporary / WEIGHTS_FILE, 0o644)  # safetensors gives its files to their owner alone
         _sync(temporary / WEIGHTS_FILE)
         _sync(temporary)
         os.rename(temporary, target)

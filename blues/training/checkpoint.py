@@ -37,6 +37,7 @@ FORMAT, VERSION = "blues-checkpoint", 1
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, TREE, RECORD = "model.safetensors", "optimizer.safetensors", "experiment.yaml", "checkpoint.json"
 FILES = (MODEL, OPTIMIZER, TREE)
+READABLE = 0o644
 STEP_NAME = re.compile(r"step-(\d{8,})")
 logger = logging.getLogger("blues")
 
@@ -63,6 +64,18 @@ class Checkpoint:
     def open_optimizer(self) -> Any:
         """Context manager over the optimizer's tensors; `get_tensor(state_key(name, kind))` reads one (CPU)."""
         return safe_open(self.path / OPTIMIZER, framework="pt")
+
+    def check_data(self, fingerprint: str, path: str) -> None:
+        """Compare with the data that training is to go on with; `path` is where that lies.
+
+        Raises:
+            CheckpointError: it was trained on other data.
+        """
+        if self.data_fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{self.path} was trained on other data than {path!r} (or another order of it); give the same dataset, "
+                "or a new --run-dir, or --fresh to start over"
+            )
 
     def check_shapes(self, model: nn.Module, tree: Mapping[str, Any]) -> None:
         """Compare with the `model` that is to be filled; `tree` is the experiment it was built from.
@@ -113,6 +126,7 @@ def write_checkpoint(
     (temporary / TREE).write_text(yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True), encoding="utf-8")
     files = {}
     for name in FILES:
+        os.chmod(temporary / name, READABLE)  # safetensors gives its files to their owner alone
         _synchronize(temporary / name)
         files[name] = {"bytes": (temporary / name).stat().st_size, "xxh3": _checksum(temporary / name)}
     record = {

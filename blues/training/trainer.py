@@ -27,7 +27,7 @@ from torch import Tensor
 
 from blues import config as cfg
 from blues.data.batches import Batch, Mixture, rank_indices
-from blues.errors import CheckpointError, ConfigError, TrainingError
+from blues.errors import ConfigError, TrainingError
 from blues.model.moe.layer import MoE
 from blues.model.transformer import Transformer, is_mixture
 from blues.tracking.metrics import ExpertStatistics
@@ -323,11 +323,7 @@ class _Loop:
             return None
         checkpoint = read_checkpoint(path, verify=False)
         checkpoint.check_shapes(self.model, self.tree)
-        if checkpoint.data_fingerprint != self.data.fingerprint:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained on other data than {self.data.config.path!r} (or another order of it); "
-                "give the same dataset, or a new --run-dir, or --fresh to start over"
-            )
+        checkpoint.check_data(self.data.fingerprint, self.data.config.path)
         self.model.load_state_dict(checkpoint.load_model_state())
         return checkpoint
 

@@ -23,7 +23,7 @@ from blues.errors import CheckpointError, ClusterError, ConfigError, DataError
 from blues.experiment import Experiment
 from blues.tracking.spool import read_history
 from blues.tracking.tracker import MemoryTracker
-from blues.training.checkpoint import step_folder
+from blues.training.checkpoint import latest_checkpoint, step_folder
 from tests.training.test_trainer import assert_identical, train
 from tests.training.tiny import experiment, make_dataset, run_workers
 
@@ -63,13 +63,13 @@ class Command:
                 start_new_session=True,
             )
 
-    def signal_at(self, step: int, number: int) -> int:
-        """Send a signal to the whole group once the checkpoint of `step` is there; the exit status."""
+    def signal_at(self, step: int, number: int, *, group: bool = True) -> int:
+        """Signal the whole group, or the command alone, once the checkpoint of `step` is there; the exit status."""
         give_up = time.monotonic() + 120
         while not step_folder(self.run_dir, step).exists():
             assert self.process.poll() is None and time.monotonic() < give_up, self.log.read_text()
             time.sleep(0.02)
-        os.killpg(self.process.pid, number)
+        (os.killpg if group else os.kill)(self.process.pid, number)
         return self.process.wait(60)
 
     def wait(self) -> int:
@@ -122,6 +122,17 @@ def test_ctrl_c_at_a_terminal_leaves_a_resumable_run(data, tmp_path):
 
 
 @pytest.mark.ray
+def test_sigterm_saves_and_stops(data, tmp_path):
+    """What `timeout`, a container or a batch system sends; Ray's own handler for it dumps core."""
+    exp = two_workers(data, steps=5000, checkpoint_every=20, log_every=20, validate_every=0)
+    command = Command(exp, tmp_path / "run")
+    assert command.signal_at(20, signal.SIGTERM, group=False) == 130, command.log.read_text()
+    log = command.log.read_text()
+    assert "stopped and saved at step" in log and "***" not in log and "Traceback" not in log
+    assert latest_checkpoint(tmp_path / "run") is not None
+
+
+@pytest.mark.ray
 def test_a_run_inside_a_ray_that_is_there_interrupted_and_resumed(data, tmp_path, ray_session):
     """As in a trial of a sweep: the connection stays, events and metrics reach the caller; Ctrl-C saves."""
     exp = two_workers(data, steps=80, checkpoint_every=0, **{"parallel.zero_stage": 3})
@@ -147,6 +158,8 @@ def test_a_run_inside_a_ray_that_is_there_interrupted_and_resumed(data, tmp_path
     again = io.StringIO()
     finished = run_training(exp, tmp_path / "run", out=again)
     assert finished.finished and "has finished its 80 steps; --fresh" in again.getvalue()
+    with pytest.raises(CheckpointError, match="was trained on other data than .*first"):
+        run_training(exp.override({"data.path": str(data.parent / "first")}), tmp_path / "run", out=again)
 
 
 class Interrupter:
