@@ -63,7 +63,7 @@ def test_raw_files_to_generated_text(place: Path, capsys: pytest.CaptureFixture[
     losses = {line["step"]: line["metrics"]["train/loss"] for line in metrics if "train/loss" in line["metrics"]}
     assert losses[40] < losses[10] < math.log(512) + 0.5
     values = {name: value for line in metrics for name, value in line["metrics"].items()}
-    shares = [value for name, value in values.items() if "/load_" in name]
+    shares = [value for name, value in values.items() if "layer_01/load_" in name]
     assert len(shares) == 4 and sum(shares) == pytest.approx(1.0, abs=1e-6)
     assert {path.name for path in (place / "run" / "figures").iterdir()} >= {"loss.png", "expert_load.png"}
 
