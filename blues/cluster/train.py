@@ -150,7 +150,7 @@ class _Run:
         self.experiment, self.folder, self.tracker, self.screen = experiment, folder, tracker, screen
         self.on_event, self.fingerprint = on_event, fingerprint
         self.metrics: dict[str, float] = {}
-        self.step, self.saved, self.started = 0, 0, False
+        self.step, self.started = 0, False
         self.began = time.monotonic()
         self.stop_requests = 0
 
@@ -217,8 +217,6 @@ class _Run:
     def _handle(self, event: Event) -> None:
         """Keep, show and pass on one event."""
         self.started, self.step = True, event.step
-        if event.kind == "checkpoint":
-            self.saved = event.step
         if event.metrics:
             self.metrics |= event.metrics
             self.tracker.log_metrics(event.metrics, event.step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -59,24 +59,27 @@ def open_dataset(path: str | Path) -> Dataset:
         DataError: neither of the two, damaged, or a source of the mixture is missing or is not the merged one any more.
     """
     path = Path(path)
-    sources = [(name, weight, open_source()) for name, weight, open_source in sources_of(path)]
-    names, weights, stores = zip(*sources, strict=True)
-    return Dataset(path, names, stores, weights, _strategy(path))
+    strategy, sources = sources_of(path)
+    names, weights, openers = zip(*sources, strict=True)
+    return Dataset(path, names, tuple(open_source() for open_source in openers), weights, strategy)
 
 
-def sources_of(path: Path, *, check_sizes: bool = True) -> Iterator[tuple[str, Fraction, Callable[[], st.Store]]]:
-    """Name, weight and a function that opens it, for every source of a dataset (itself, if it is not merged).
+def sources_of(
+    path: Path, *, check_sizes: bool = True
+) -> tuple[str, list[tuple[str, Fraction, Callable[[], st.Store]]]]:
+    """The strategy; and name, weight and a function that opens it, of every source (itself, if it is not merged).
 
     Raises:
         DataError: `path` is no dataset, or its mixture.json is damaged; the functions raise it for their source.
     """
     if not (path / st.MIXTURE).exists():
         name = path.absolute().name
-        yield name, Fraction(1), functools.partial(st.Store.open, path, check_sizes=check_sizes)
-        return
-    for source in st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)["sources"]:
-        open_source = functools.partial(_open_merged, path, source, check_sizes)
-        yield source["name"], Fraction(source["weight"]), open_source
+        return "single", [(name, Fraction(1), functools.partial(st.Store.open, path, check_sizes=check_sizes))]
+    tree = st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)
+    return tree["strategy"], [
+        (source["name"], Fraction(source["weight"]), functools.partial(_open_merged, path, source, check_sizes))
+        for source in tree["sources"]
+    ]
 
 
 def _open_merged(path: Path, source: dict[str, Any], check_sizes: bool) -> st.Store:
@@ -93,12 +96,6 @@ def _open_merged(path: Path, source: dict[str, Any], check_sizes: bool) -> st.St
             f"merge again"
         )
     return store
-
-
-def _strategy(path: Path) -> str:
-    if not (path / st.MIXTURE).exists():
-        return "single"
-    return st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)["strategy"]
 
 
 def merge(

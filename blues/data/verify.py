@@ -121,7 +121,7 @@ def verify(path: str | Path, *, sample: int = 200) -> Report:
     seen: set[bytes] = set()
     retokenized = rejected = 0
     try:
-        sources = list(sources_of(path, check_sizes=False))
+        _, sources = sources_of(path, check_sizes=False)
     except DataError as error:
         return Report(path, (st.Issue(str(path), str(error)),), (), rejected=0, retokenized=0)
     for name, weight, open_source in sources:

@@ -128,10 +128,6 @@ class Engine:
         """A whole update with zero gradients at learning rate zero: makes the optimizer state, moves no weight."""
         self.update(lambda _: micro_batch() * 0.0, 0.0)
 
-    def parameter_names(self) -> list[str]:
-        """Names of the trained parameters, in the model's order."""
-        return [name for name, _ in self._parameters]
-
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole float32 weight) one after the other; valid on every worker."""
         for name, parameter in self._parameters:
