@@ -4,12 +4,15 @@ In: dataset directories and how much of each. Out: a directory with `mixture.jso
 and `Dataset`, the one view of "a prepared dataset or a mixture of them" that the batches and `verify` work on.
 
 Weights are shares of the training samples, kept as exact fractions: `0.7 0.3` means that of every ten samples seven
-come from the first source. Merging again with other weights is free and loses nothing: the sources stay as they are.
+come from the first source. Those with a common denominator above 65,536 (numbers of tokens, odd decimals) are rounded
+once, here; what mixture.json says is what training does, at every prefix. Merging again with other weights is free and
+loses nothing: the sources stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +25,10 @@ import xxhash
 
 from blues.config import nearest
 from blues.data import store as st
+from blues.data.schedule import MAX_PERIOD, round_weights
 from blues.errors import DataError
+
+logger = logging.getLogger("blues")
 
 FORMAT = st.MIXTURE_FORMAT
 VERSION = 1
@@ -105,6 +111,7 @@ def merge(
     weights: Sequence[float] | None = None,
     strategy: str = "weighted",
     overwrite: bool = False,
+    report: Callable[[str], None] = logger.warning,
 ) -> Dataset:
     """Write a merged dataset at `output` and open it.
 
@@ -112,6 +119,7 @@ def merge(
         weights: one for each dataset, for the strategy `weighted` only; any positive scale, 7 3 is 0.7 0.3.
         strategy: `weighted`; `equal` gives every dataset the same share; `proportional` as many as it has tokens.
         overwrite: replace another merged dataset at `output` (never a prepared one).
+        report: told by how much the weights had to be rounded, if they had to be.
 
     Raises:
         DataError: a dataset that cannot be opened, is merged itself, comes twice or has another tokenizer; weights
@@ -123,7 +131,9 @@ def merge(
     stores = [_open_source(path) for path in paths]
     _check_sources(paths, stores)
     tokens = [store.num_tokens("train") for store in stores]
-    shares = _shares(weights, strategy, tokens)
+    asked = _shares(weights, strategy, tokens)
+    shares = round_weights(asked)
+    rounding = max(abs(share - wanted) for share, wanted in zip(shares, asked, strict=True))
     output = Path(output)
     sources = [
         {
@@ -136,8 +146,16 @@ def merge(
         }
         for name, path, store, count, share in zip(_names(paths), paths, stores, tokens, shares, strict=True)
     ]
-    tree: dict[str, Any] = {"format": FORMAT, "version": VERSION, "strategy": strategy, "sources": sources}
+    tree: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "strategy": strategy,
+        "rounding": float(rounding),
+        "sources": sources,
+    }
     _write(output, tree, overwrite)
+    if rounding:
+        report(f"weights rounded to parts of {MAX_PERIOD:,}; the largest change of a share is {float(rounding):.1e}")
     return open_dataset(output)
 
 

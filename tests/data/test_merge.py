@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as hyp
 
 from blues.data import store as st
 from blues.data.merge import merge, open_dataset
+from blues.data.schedule import MAX_PERIOD
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 from tests.data.datasets import make_numbered, make_store, snapshot
@@ -44,12 +46,25 @@ def test_equal_and_proportional_shares(sources, tmp_path):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(weights=hyp.lists(hyp.floats(0, 1e6), min_size=3, max_size=3).filter(lambda weights: sum(weights) > 0))
-def test_any_weights_sum_to_one_and_keep_their_proportions(sources, tmp_path, weights):
-    dataset = merge(sources, tmp_path / "any", weights=weights, overwrite=True)
-    assert sum(dataset.weights) == 1
-    for share, weight in zip(dataset.weights, weights, strict=True):
-        assert float(share) == pytest.approx(weight / sum(weights), rel=1e-12)
+def test_any_weights_sum_to_one_and_are_rounded_at_most_once_and_loudly(sources, tmp_path, weights):
+    told: list[str] = []
+    dataset = merge(sources, tmp_path / "any", weights=weights, overwrite=True, report=told.append)
+    asked = [Fraction(repr(weight)) for weight in weights]
+    exact = [weight / sum(asked) for weight in asked]
+    period = math.lcm(*(weight.denominator for weight in exact))
+    assert sum(dataset.weights) == 1 and math.lcm(*(w.denominator for w in dataset.weights)) <= MAX_PERIOD
+    roundings = [abs(share - weight) for share, weight in zip(dataset.weights, exact, strict=True)]
+    assert max(roundings) < Fraction(3, MAX_PERIOD) if period > MAX_PERIOD else max(roundings) == 0
+    assert len(told) == (max(roundings) > 0)
+    assert json.loads((tmp_path / "any" / st.MIXTURE).read_bytes())["rounding"] == float(max(roundings))
     assert open_dataset(tmp_path / "any") == dataset
+
+
+def test_the_largest_rounding_is_reported(sources, tmp_path):
+    told: list[str] = []
+    dataset = merge(sources[:2], tmp_path / "mix", weights=[0.1234567, 0.8765433], report=told.append)
+    assert dataset.weights == (Fraction(8_091, 65_536), Fraction(57_445, 65_536))
+    assert told == ["weights rounded to parts of 65,536; the largest change of a share is 2.2e-06"]
 
 
 def test_no_token_is_copied_and_no_source_is_touched(sources, tmp_path):
