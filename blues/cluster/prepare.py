@@ -23,15 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from blues import config as cfg
 from blues.cluster import session
 from blues.data import store as st
-from blues.data.shards import TASKS, Split, TaskResult, rejected_file, rejected_line, result_file, run_task
+from blues.data.chunks import CHUNKS, ChunkRecord
+from blues.data.manifest import MANIFEST, MIXTURE, encode_json, partial_directory
+from blues.data.shards import TASKS, Recipe, Split, TaskResult, rejected_file, rejected_line, result_file, run_task
 from blues.data.sources import Plan
 from blues.data.tokenizer import Tokenizer
+from blues.data.versions import Draft, write_version
 from blues.errors import BluesError, DataError
 
 REQUEST = "request.json"
@@ -92,7 +94,7 @@ def prepare(
     request = _request(plan, tokenizer, validation_fraction)
     if _is_there(output, request, overwrite):
         return st.Store.open(output)
-    partial = st.partial_directory(output)
+    partial = partial_directory(output)
     _make_writable(partial.parent)
     lock = FileLock(partial.with_suffix(".lock"), timeout=0)
     try:
@@ -196,7 +198,7 @@ class _Work:
             if {chunk.split for chunk in self.results[task].chunks} != {split.of(low), split.of(high)}:
                 self._discard(task)
                 self.results[task] = run_task(
-                    self.partial, task, self.plan.root, self.tasks[task], self.tokenizer.build(), split
+                    self.partial, task, self.plan.root, self.tasks[task], self.tokenizer.build(), Recipe(split)
                 )
 
     def _discard(self, task: int) -> None:
@@ -218,25 +220,24 @@ class _Work:
         chunks = [chunk for result in ordered for chunk in result.chunks]
         lines = [rejected_line(record) for record in self.plan.rejected]
         content = b"".join([*lines, *(rejected_file(self.partial, n).read_bytes() for n in range(len(ordered)))])
-        cfg.write_atomic(self.partial / st.QUARANTINE, content)
-        quarantine = st.FileRecord(st.QUARANTINE, len(content), xxhash.xxh3_128_hexdigest(content))
-        st.write_manifest(
-            self.partial,
+        draft = Draft(
             tokenizer=self.tokenizer,
+            operation={"kind": "prepare"},
+            chunks={split: [chunk for chunk in chunks if chunk.split == split] for split in st.SPLITS},
             settings=request["settings"],
-            source=request["source"],
-            chunks=chunks,
+            sources=[request["source"]],
             rejected=rejected,
-            quarantine=quarantine,
+            quarantine=content,
         )
+        write_version(self.partial, 1, draft)
         self._remove_leftovers(chunks)
         shutil.rmtree(self.partial / TASKS)
         (self.partial / REQUEST).unlink()
 
-    def _remove_leftovers(self, chunks: Sequence[st.ChunkRecord]) -> None:
+    def _remove_leftovers(self, chunks: Sequence[ChunkRecord]) -> None:
         """Half-written files of workers that were killed."""
         whole = {record.file for chunk in chunks for record in (chunk.data, chunk.index)}
-        for path in (self.partial / st.CHUNKS).iterdir():
+        for path in (self.partial / CHUNKS).iterdir():
             if path.relative_to(self.partial).as_posix() not in whole:
                 path.unlink(missing_ok=True)
 
@@ -271,7 +272,7 @@ class _Worker:
             tasks = ray.get(tasks)
         number, error = int(batch["task"][0]), ""
         try:
-            run_task(self.partial, number, self.root, tasks[number], self.tokenizer, self.split)
+            run_task(self.partial, number, self.root, tasks[number], self.tokenizer, Recipe(self.split))
         except BluesError as problem:
             error = str(problem)
         except OSError as problem:
@@ -308,13 +309,13 @@ def _is_there(output: Path, request: dict[str, Any], overwrite: bool) -> bool:
         raise DataError(f"{str(output)!r} is a file; choose a directory for the dataset")
     if not output.exists() or not any(output.iterdir()):
         return False
-    if not (output / st.MANIFEST).exists():
-        kind = "a merged dataset" if (output / st.MIXTURE).exists() else "something else"
+    if not (output / MANIFEST).exists():
+        kind = "a merged dataset" if (output / MIXTURE).exists() else "something else"
         raise DataError(f"{str(output)!r} already holds {kind}; choose another --data-cache-dir")
     if overwrite:
         return False
     manifest = st.Store.open(output).manifest
-    present = {key: manifest.get(key) for key in ("settings", "source")}
+    present = {"settings": manifest["settings"], "source": manifest["sources"][0]}
     present["tokenizer"] = manifest["tokenizer"]["config"]
     if present == request:
         return True
@@ -335,7 +336,7 @@ def _open_partial(partial: Path, request: dict[str, Any]) -> None:
         return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    cfg.write_atomic(partial / REQUEST, st.encode_json(request))
+    cfg.write_atomic(partial / REQUEST, encode_json(request))
 
 
 def _make_writable(folder: Path) -> None:

@@ -25,13 +25,14 @@ import xxhash
 
 from blues.config import nearest
 from blues.data import store as st
+from blues.data.manifest import MIXTURE, MIXTURE_FORMAT, read_checked_json, write_checked_json
 from blues.data.schedule import MAX_PERIOD, round_weights
 from blues.errors import DataError
 
 logger = logging.getLogger("blues")
 
-FORMAT = st.MIXTURE_FORMAT
-VERSION = 1
+FORMAT = MIXTURE_FORMAT
+VERSION = 2
 Strategy = Literal["weighted", "equal", "proportional"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
@@ -78,10 +79,10 @@ def sources_of(
     Raises:
         DataError: `path` is no dataset, or its mixture.json is damaged; the functions raise it for their source.
     """
-    if not (path / st.MIXTURE).exists():
+    if not (path / MIXTURE).exists():
         name = path.absolute().name
         return "single", [(name, Fraction(1), functools.partial(st.Store.open, path, check_sizes=check_sizes))]
-    tree = st.read_checked_json(path, st.MIXTURE, FORMAT, VERSION)
+    tree = read_checked_json(path, MIXTURE, FORMAT, VERSION)
     return tree["strategy"], [
         (source["name"], Fraction(source["weight"]), functools.partial(_open_merged, path, source, check_sizes))
         for source in tree["sources"]
@@ -95,13 +96,13 @@ def _open_merged(path: Path, source: dict[str, Any], check_sizes: bool) -> st.St
             f"source {source['name']!r} of the merged dataset {str(path)!r} is not at {str(where)!r}; "
             f"put it back or merge again"
         )
-    store = st.Store.open(where, check_sizes=check_sizes)
-    if store.checksum != source["checksum"]:
+    # The version that was merged: one that came after it changes nothing here.
+    if not st.has_version(where, source["checksum"]):
         raise DataError(
             f"source {source['name']!r} of {str(path)!r} was prepared again after the merge ({str(where)!r}); "
             f"merge again"
         )
-    return store
+    return st.Store.open(where, check_sizes=check_sizes, checksum=source["checksum"])
 
 
 def merge(
@@ -148,7 +149,7 @@ def merge(
     ]
     tree: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "format_version": VERSION,
         "strategy": strategy,
         "rounding": float(rounding),
         "sources": sources,
@@ -160,7 +161,7 @@ def merge(
 
 
 def _open_source(path: Path) -> st.Store:
-    if (path / st.MIXTURE).exists():
+    if (path / MIXTURE).exists():
         inner = " ".join(str(store.path) for store in open_dataset(path).stores)
         raise DataError(f"{str(path)!r} is itself a merged dataset; merge its sources instead: {inner}")
     return st.Store.open(path)
@@ -229,7 +230,7 @@ def _reference(path: Path, output: Path) -> str:
 
 
 def _write(output: Path, tree: dict[str, Any], overwrite: bool) -> None:
-    target = output / st.MIXTURE
+    target = output / MIXTURE
     if output.exists() and not output.is_dir():
         raise DataError(f"{str(output)!r} is a file; choose a directory for the merged dataset")
     if output.exists() and not target.exists() and any(output.iterdir()):
@@ -237,7 +238,7 @@ def _write(output: Path, tree: dict[str, Any], overwrite: bool) -> None:
             f"{str(output)!r} already holds something else; choose another directory for the merged dataset"
         )
     if target.exists() and not overwrite:
-        present = st.read_checked_json(output, st.MIXTURE, FORMAT, VERSION)
+        present = read_checked_json(output, MIXTURE, FORMAT, VERSION)
         present.pop("checksum")
         if present != tree:
             raise DataError(
@@ -245,4 +246,4 @@ def _write(output: Path, tree: dict[str, Any], overwrite: bool) -> None:
             )
         return
     output.mkdir(parents=True, exist_ok=True)
-    st.write_checked_json(target, tree)
+    write_checked_json(target, tree)

@@ -19,14 +19,18 @@ import numpy as np
 import xxhash
 
 from blues import config as cfg
-from blues.data import store as st
-from blues.data.readers import Document, Part, Record, Rejected, read_part
+from blues.data.chunks import ChunkRecord, ChunkWriter, Compression
+from blues.data.manifest import encode_json
+from blues.data.readers import Document, Part, Rejected, read_part
+from blues.data.store import SPLITS
 from blues.data.tokenizer import Tokenizer
 
 TASKS = "tasks"
 """Where the results lie while a dataset is being made."""
 
 HASH_RANGE = 1 << 64
+BATCH_CHARACTERS = 1 << 20
+"""Text that is held and tokenized at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def place_of(document_id: str) -> int:
 class TaskResult:
     """What a finished task left. rejected: rows by reason. lowest, highest: `place_of` its documents, None without."""
 
-    chunks: tuple[st.ChunkRecord, ...]
+    chunks: tuple[ChunkRecord, ...]
     rejected: dict[str, int] = field(default_factory=dict)
     lowest: int | None = None
     highest: int | None = None
@@ -72,7 +76,7 @@ class TaskResult:
         """The result of task `number`, or None if it is not finished (or its files are not all there)."""
         try:
             tree = json.loads(result_file(directory, number).read_bytes())
-            result = cls(**{**tree, "chunks": tuple(st.ChunkRecord.from_tree(chunk) for chunk in tree["chunks"])})
+            result = cls(**{**tree, "chunks": tuple(ChunkRecord.from_tree(chunk) for chunk in tree["chunks"])})
             records = [record for chunk in result.chunks for record in (chunk.data, chunk.index)]
             whole = all((directory / record.file).stat().st_size == record.bytes for record in records)
         except (OSError, ValueError, TypeError, KeyError):
@@ -90,8 +94,17 @@ def rejected_file(directory: Path, number: int) -> Path:
     return directory / TASKS / f"{number:05d}.rejected.jsonl"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a dataset is made of documents: the rule that splits them, which version it is, how chunks are stored."""
+
+    split: Split
+    version: int = 1
+    compression: Compression = "none"
+
+
 def run_task(
-    directory: Path, number: int, root: Path, parts: Sequence[Part], tokenizer: Tokenizer, split: Split
+    directory: Path, number: int, place: Path, parts: Sequence[Part], tokenizer: Tokenizer, recipe: Recipe
 ) -> TaskResult:
     """Do task `number` of the dataset that grows in `directory`.
 
@@ -101,37 +114,64 @@ def run_task(
     (directory / TASKS).mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     places: list[int] = []
-    writers: dict[str, st.ChunkWriter] = {}
+    writers: dict[str, ChunkWriter] = {}
     with ExitStack() as undo:
         # Renamed when it is whole: a worker that outlives its killed driver may be doing this task as well.
         growing = rejected_file(directory, number).with_suffix(f".{os.getpid()}.tmp")
         undo.callback(growing.unlink, missing_ok=True)
         with open(growing, "wb") as quarantine:
-            for record in _records(root, parts):
-                if isinstance(record, Rejected):
+            for documents, rejected in _batches(place, parts):
+                for record in rejected:
                     counts[record.reason] += record.rows
                     quarantine.write(rejected_line(record))
-                    continue
-                place = place_of(record.id)
-                places.append(place)
-                name = split.of(place)
-                if name not in writers:
-                    writers[name] = st.ChunkWriter(directory, name, number)
-                    undo.callback(writers[name].abort)
-                _add(writers[name], record, tokenizer)
+                for document, tokens in zip(documents, _tokenize(documents, tokenizer), strict=True):
+                    places.append(place_of(document.id))
+                    name = recipe.split.of(places[-1])
+                    if name not in writers:
+                        writers[name] = ChunkWriter(
+                            directory, name, number, version=recipe.version, compression=recipe.compression
+                        )
+                        undo.callback(writers[name].abort)
+                    writers[name].add(
+                        tokens,
+                        id=document.id,
+                        source=document.source,
+                        text_bytes=len(document.text.encode("utf-8")),
+                        metadata=document.metadata,
+                    )
             quarantine.flush()
             os.fsync(quarantine.fileno())
         os.replace(growing, rejected_file(directory, number))
-        chunks = tuple(writers[name].close() for name in st.SPLITS if name in writers)
+        chunks = tuple(writers[name].close() for name in SPLITS if name in writers)
         undo.pop_all()
     result = TaskResult(chunks, dict(counts), min(places, default=None), max(places, default=None))
-    cfg.write_atomic(result_file(directory, number), st.encode_json(asdict(result)))
+    cfg.write_atomic(result_file(directory, number), encode_json(asdict(result)))
     return result
 
 
-def _records(root: Path, parts: Sequence[Part]) -> Iterator[Record]:
+def _batches(place: Path, parts: Sequence[Part]) -> Iterator[tuple[list[Document], list[Rejected]]]:
+    """Some documents at a time, about BATCH_CHARACTERS, so that a tokenizer is not called for each."""
+    documents: list[Document] = []
+    rejected: list[Rejected] = []
+    size = 0
     for part in parts:
-        yield from read_part(root, part)
+        for record in read_part(place, part):
+            if isinstance(record, Rejected):
+                rejected.append(record)
+                continue
+            documents.append(record)
+            size += len(record.text)
+            if size >= BATCH_CHARACTERS:
+                yield documents, rejected
+                documents, rejected, size = [], [], 0
+    yield documents, rejected
+
+
+def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of each document with the closing `<|endoftext|>`."""
+    end = np.uint32(tokenizer.eot_id)
+    for tokens in [tokenizer.encode_array(document.text) for document in documents]:
+        yield np.append(tokens, end)
 
 
 def rejected_line(record: Rejected) -> bytes:
@@ -141,15 +181,4 @@ def rejected_line(record: Rejected) -> bytes:
         del tree["detail"]
     if record.rows == 1:
         del tree["rows"]
-    return st.encode_json(tree)
-
-
-def _add(writer: st.ChunkWriter, document: Document, tokenizer: Tokenizer) -> None:
-    tokens = np.append(tokenizer.encode_array(document.text), np.uint32(tokenizer.eot_id))
-    writer.add(
-        tokens,
-        id=document.id,
-        source=document.source,
-        text_bytes=len(document.text.encode("utf-8")),
-        metadata=document.metadata,
-    )
+    return encode_json(tree)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from blues.config import nearest
-from blues.data import store
+from blues.data.manifest import is_dataset
 from blues.data.readers import (
     COMPRESSIONS,
     CsvRows,
@@ -121,7 +121,7 @@ def plan(
     if kind is not None and kind not in KINDS:
         raise DataError(f"unknown format {kind!r}.{nearest(kind, KINDS)}")
     ignored: Counter[str] = Counter()
-    if store.is_dataset(path):
+    if is_dataset(path):
         raise DataError(f"{str(path)!r} is a dataset of Blues already; name the files it was to be made of")
     if path.is_dir():
         root, files = path, list(_walk(path, kind, ignored))
@@ -175,7 +175,7 @@ def _walk(root: Path, kind: str | None, ignored: Counter[str]) -> Iterator[str]:
     """
     found = []
     for folder, folders, names in os.walk(root, onerror=_refuse):  # does not follow links: a loop of them ends
-        if store.is_dataset(Path(folder)):  # not told in the plan, which must be the same once the output is there
+        if is_dataset(Path(folder)):  # not told in the plan, which must be the same once the output is there
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]

@@ -10,14 +10,13 @@ checked source by source; a source that was prepared again after the merge is an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from blues.data import store as st
+from blues.data.manifest import MANIFEST, MIXTURE
 from blues.data.merge import Dataset, open_dataset, sources_of
 from blues.errors import ConfigError, DataError
 from blues.table import align
@@ -114,11 +113,11 @@ def verify(path: str | Path, *, sample: int = 200) -> Report:
     if sample < 0:
         raise ConfigError(f"sample (--sample) must be 0 or a number of documents, got {sample}")
     path = Path(path)
-    if not (path / st.MANIFEST).exists() and not (path / st.MIXTURE).exists():
+    if not (path / MANIFEST).exists() and not (path / MIXTURE).exists():
         open_dataset(path)  # raises: it is none
     issues: list[st.Issue] = []
     statistics: list[Statistics] = []
-    seen: set[bytes] = set()
+    seen: set[int] = set()
     retokenized = rejected = 0
     try:
         _, sources = sources_of(path, check_sizes=False)
@@ -156,61 +155,37 @@ def _placed(issue: st.Issue, store: st.Store) -> st.Issue:
 
 
 def _tokenize_again(store: st.Store, sample: int) -> tuple[list[st.Issue], int]:
-    """Decode and encode some documents of each chunk; returns what differs and how many were tried."""
+    """Decode and encode some documents; returns what differs and how many were tried."""
     tokenizer = store.tokenizer.build()
     generator = np.random.default_rng(SAMPLE_SEED)
-    issues, tried = [], 0
-    for split, number, wanted in _sampled_chunks(store, sample, generator):
-        for position, document in enumerate(store.documents(split, number)):
-            if position not in wanted:
-                continue
-            tried += 1
-            where = store.chunks[split][number].data.file
-            text = tokenizer.decode_bytes(document.tokens[:-1].tolist())
-            if len(text) != document.text_bytes:
-                what = f"document {document.id!r} has {len(text)} bytes where its index says {document.text_bytes}"
-                issues.append(st.Issue(where, what))
-            if not np.array_equal(tokenizer.encode_array(text.decode("utf-8", "replace")), document.tokens[:-1]):
-                issues.append(st.Issue(where, f"document {document.id!r} tokenizes to other tokens than are stored"))
-    return issues, tried
+    sizes = [store.num_documents(split) for split in st.SPLITS]
+    chosen = np.sort(generator.choice(sum(sizes), size=min(sample, sum(sizes)), replace=False)).tolist()
+    issues = []
+    for number in chosen:
+        split, place = ("train", number) if number < sizes[0] else ("validation", number - sizes[0])
+        document = store.document(split, place)
+        where = store.chunks[split][store.locate(split, place)[0]].data.file
+        text = tokenizer.decode_bytes(document.tokens[:-1].tolist())
+        if len(text) != document.text_bytes:
+            what = f"document {document.id!r} has {len(text)} bytes where its index says {document.text_bytes}"
+            issues.append(st.Issue(where, what))
+        if not np.array_equal(tokenizer.encode_array(text.decode("utf-8", "replace")), document.tokens[:-1]):
+            issues.append(st.Issue(where, f"document {document.id!r} tokenizes to other tokens than are stored"))
+    return issues, len(chosen)
 
 
-def _sampled_chunks(
-    store: st.Store, sample: int, generator: np.random.Generator
-) -> Iterator[tuple[str, int, set[int]]]:
-    """Chunks to look into, and which of their documents."""
-    sizes = [
-        (split, number, chunk.documents)
-        for split in st.SPLITS
-        for number, chunk in enumerate(store.chunks[split])
-        if chunk.documents
-    ]
-    total = sum(size for _, _, size in sizes)
-    chosen = np.sort(generator.choice(total, size=min(sample, total), replace=False))
-    start = 0
-    for split, number, size in sizes:
-        inside = chosen[(chosen >= start) & (chosen < start + size)] - start
-        if len(inside):
-            yield split, number, {int(place) for place in inside}
-        start += size
-
-
-def _statistics(name: str, store: st.Store, split: str, weight: float, seen: set[bytes]) -> Statistics:
+def _statistics(name: str, store: st.Store, split: str, weight: float, seen: set[int]) -> Statistics:
     n_vocab = store.manifest["tokenizer"]["n_vocab"]
     used_V = np.zeros(n_vocab, dtype=bool)
     lengths: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     duplicates = 0
-    for number in range(len(store.chunks[split])):
-        ends = store.index(split, number)["end"].to_numpy().astype(np.int64)
-        lengths.append(np.diff(ends, prepend=0))
-        tokens = store.chunk(split, number)
-        used_V[tokens] = True
-        start = 0
-        for end in ends.tolist():
-            digest = xxhash.xxh3_128_digest(tokens[start:end].data)
+    for chunk, _, _, first, count in store.segments[split].tolist():
+        used_V[store.chunk(split, chunk)[first : first + count]] = True
+    for table in store.tables(split, ["length", "digest"]):
+        lengths.append(table["length"].to_numpy())
+        for digest in table["digest"].to_pylist():
             duplicates += digest in seen
             seen.add(digest)
-            start = end
     length = np.concatenate(lengths)
     return Statistics(
         source=name,

@@ -23,9 +23,11 @@ from blues.cluster import session
 from blues.cluster.prepare import Prepared, count_bytes, prepare
 from blues.data import sources
 from blues.data import store as st
+from blues.data.chunks import CHUNKS
+from blues.data.manifest import MANIFEST, partial_directory
 from blues.data.merge import merge
 from blues.data.readers import Document, Rejected, read_part
-from blues.data.shards import TASKS, Split, TaskResult, place_of, result_file, run_task
+from blues.data.shards import TASKS, Recipe, Split, TaskResult, place_of, result_file, run_task
 from blues.data.sources import Plan
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
@@ -86,7 +88,7 @@ def in_this_process(work: preparing._Work, num_workers: int | None, address: str
         if number not in work.results:
             tokenizer = work.tokenizer.build()
             work.results[number] = run_task(
-                work.partial, number, work.plan.root, work.tasks[number], tokenizer, work.split
+                work.partial, number, work.plan.root, work.tasks[number], tokenizer, Recipe(work.split)
             )
             work.report(work.state())
 
@@ -149,7 +151,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command_and_no_task_is_redon
     assert not output.exists(), "a dataset has its name only when it is whole"
     with pytest.raises(DataError, match="is not finished; run the same `blues prepare` command again"):
         st.Store.open(output)
-    partial = st.partial_directory(output)
+    partial = partial_directory(output)
     done = {
         number: result_file(partial, number).stat().st_mtime_ns
         for number in range(len(plan.tasks()))
@@ -186,7 +188,7 @@ def test_a_killed_command_is_finished_by_another(ray_session, raw, expected, tmp
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    tasks = st.partial_directory(output) / TASKS
+    tasks = partial_directory(output) / TASKS
     give_up = time.monotonic() + 120
     while len(list(tasks.glob("*.json"))) < 3:
         assert process.poll() is None and time.monotonic() < give_up, log.read_text()
@@ -229,26 +231,27 @@ def test_every_row_is_a_document_or_in_quarantine(raw, expected):
         for document in store.documents(split)
     }
     assert stored == documents
-    lines = [json.loads(line) for line in (expected / st.QUARANTINE).read_bytes().splitlines()]
+    lines = [json.loads(line) for line in store.quarantine().read_bytes().splitlines()]
     assert [(line["file"], line["row"], line["reason"]) for line in lines] == REJECTED
     assert len(rejected) == len(REJECTED)
     assert manifest["rejected"] == {reason: 1 for *_, reason in REJECTED}
-    assert manifest["source"]["ignored"] == {".png": 1} and manifest["source"]["name"] == "raw"
+    assert manifest["sources"][0]["ignored"] == {".png": 1} and manifest["sources"][0]["name"] == "raw"
     assert store.check() == []
 
 
 def test_a_dataset_holds_no_time_and_no_folder_of_the_machine(raw, expected):
     assert str(raw.parent).encode() not in b"".join(snapshot(expected).values())
-    assert set(snapshot(expected)) == {st.MANIFEST, st.QUARANTINE} | {
-        f"chunks/{path.name}" for path in (expected / st.CHUNKS).iterdir()
-    }
+    assert set(snapshot(expected)) == {
+        MANIFEST,
+        *(f"versions/00001/{name}" for name in (MANIFEST, "files.parquet", "quarantine.jsonl")),
+    } | {f"chunks/{path.name}" for path in (expected / CHUNKS).iterdir()}
 
 
 def test_a_table_that_cannot_be_read_is_quarantined_and_the_rest_is_prepared(serial, tmp_path):
     write_rows(tmp_path / "raw" / "good.csv", 5)
     (tmp_path / "raw" / "bad.parquet").write_bytes(b"PAR1 not really")
     store = prepare(sources.plan(tmp_path / "raw"), tmp_path / "data", TOKENIZER)
-    [line] = [json.loads(line) for line in (store.path / st.QUARANTINE).read_bytes().splitlines()]
+    [line] = [json.loads(line) for line in store.quarantine().read_bytes().splitlines()]
     assert (line["file"], line["row"], line["reason"]) == ("bad.parquet", None, "table that cannot be read")
     assert store.manifest["rejected"] == {"table that cannot be read": 1} and store.manifest["rows"] == 6
 
@@ -439,11 +442,11 @@ def test_an_interrupted_run_of_another_request_is_started_anew(serial, tmp_path)
 def test_a_task_whose_files_were_damaged_is_done_again_and_half_written_files_go(serial, raw, expected, tmp_path):
     with pytest.raises(Interrupt):
         prepare(sources.plan(raw), tmp_path / "data", TOKENIZER, report=interrupted_after(4))
-    partial = st.partial_directory(tmp_path / "data")
-    [first, second, *_] = sorted((partial / st.CHUNKS).glob("train-*.tokens"))
+    partial = partial_directory(tmp_path / "data")
+    [first, second, *_] = sorted((partial / CHUNKS).glob("train-*.tokens"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-4])
-    (partial / st.CHUNKS / ".train-00007.tokens.4711.tmp").write_bytes(b"of a worker that was killed")
+    (partial / CHUNKS / ".train-00001-00007.tokens.4711.tmp").write_bytes(b"of a worker that was killed")
     states: list[Prepared] = []
     prepare(sources.plan(raw), tmp_path / "data", TOKENIZER, report=states.append)
     assert states[0].resumed == 2 and snapshot(tmp_path / "data") == snapshot(expected)
@@ -452,7 +455,7 @@ def test_a_task_whose_files_were_damaged_is_done_again_and_half_written_files_go
 def test_two_processes_do_not_make_one_dataset(serial, tmp_path):
     plan = write_rows(tmp_path / "a.csv", 3)
     refusal = pytest.raises(DataError, match=r"another process is preparing .*data'; wait for it, or choose another")
-    with FileLock(st.partial_directory(tmp_path / "data").with_suffix(".lock")), refusal:
+    with FileLock(partial_directory(tmp_path / "data").with_suffix(".lock")), refusal:
         prepare(plan, tmp_path / "data", TOKENIZER)
     assert prepare(plan, tmp_path / "data", TOKENIZER).manifest["documents"] == 3
 

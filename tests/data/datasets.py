@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from blues.data import store
+from blues.data.chunks import ChunkRecord, ChunkWriter, Compression
+from blues.data.store import SPLITS
 from blues.data.tokenizer import Tokenizer
+from blues.data.versions import Draft, write_version
 
 TOKENIZER = Tokenizer.Config(vocab_size=300)
 Document = str | list[int]
@@ -20,13 +22,14 @@ def make_store(
     train: Sequence[Sequence[Document]] = (),
     validation: Sequence[Sequence[Document]] = (),
     tokenizer: Tokenizer.Config = TOKENIZER,
+    compression: Compression = "none",
 ) -> Path:
     """A dataset whose splits have these chunks of documents (texts, or ids without the closing end-of-text)."""
     directory.mkdir(parents=True)
     built, records = tokenizer.build(), []
     for split, chunks in (("train", train), ("validation", validation)):
         for number, documents in enumerate(chunks):
-            writer = store.ChunkWriter(directory, split, number)
+            writer = ChunkWriter(directory, split, number, compression=compression)
             for position, document in enumerate(documents):
                 ids = built.encode(document) if isinstance(document, str) else document
                 writer.add(
@@ -37,12 +40,13 @@ def make_store(
                     metadata={"place": position},
                 )
             records.append(writer.close())
-    quarantine = directory / store.QUARANTINE
-    quarantine.write_bytes(b"")
-    empty = store.FileRecord(store.QUARANTINE, 0, store.file_checksum(quarantine))
-    store.write_manifest(
-        directory, tokenizer=tokenizer, settings={}, source={}, chunks=records, rejected={}, quarantine=empty
-    )
+    return publish(directory, records, tokenizer)
+
+
+def publish(directory: Path, records: Sequence[ChunkRecord], tokenizer: Tokenizer.Config = TOKENIZER) -> Path:
+    """Make a dataset of chunks that lie in a folder."""
+    chunks = {split: [record for record in records if record.split == split] for split in SPLITS}
+    write_version(directory, 1, Draft(tokenizer=tokenizer, operation={"kind": "prepare"}, chunks=chunks))
     return directory
 
 

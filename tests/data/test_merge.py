@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hyp
 
 from blues.data import store as st
+from blues.data.manifest import MIXTURE
 from blues.data.merge import merge, open_dataset
 from blues.data.schedule import MAX_PERIOD
 from blues.data.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ def test_any_weights_sum_to_one_and_are_rounded_at_most_once_and_loudly(sources,
     roundings = [abs(share - weight) for share, weight in zip(dataset.weights, exact, strict=True)]
     assert max(roundings) < Fraction(3, MAX_PERIOD) if period > MAX_PERIOD else max(roundings) == 0
     assert len(told) == (max(roundings) > 0)
-    assert json.loads((tmp_path / "any" / st.MIXTURE).read_bytes())["rounding"] == float(max(roundings))
+    assert json.loads((tmp_path / "any" / MIXTURE).read_bytes())["rounding"] == float(max(roundings))
     assert open_dataset(tmp_path / "any") == dataset
 
 
@@ -70,7 +71,7 @@ def test_the_largest_rounding_is_reported(sources, tmp_path):
 def test_no_token_is_copied_and_no_source_is_touched(sources, tmp_path):
     before = [snapshot(path) for path in sources]
     merge(sources, tmp_path / "mix", strategy="equal")
-    assert [path.name for path in (tmp_path / "mix").iterdir()] == [st.MIXTURE]
+    assert [path.name for path in (tmp_path / "mix").iterdir()] == [MIXTURE]
     assert [snapshot(path) for path in sources] == before
 
 
@@ -97,7 +98,7 @@ def test_the_folder_of_sources_and_mixture_can_move(tmp_path, monkeypatch):
     (tmp_path / "old").rename(tmp_path / "new")
     moved = open_dataset("new/mix")
     assert moved.fingerprint == dataset.fingerprint and moved.names == ("a", "b")
-    assert str(tmp_path) not in (tmp_path / "new" / "mix" / st.MIXTURE).read_text()
+    assert str(tmp_path) not in (tmp_path / "new" / "mix" / MIXTURE).read_text()
 
 
 def test_the_fingerprint_changes_with_weights_order_and_content_only(sources, tmp_path):
@@ -195,14 +196,14 @@ def test_a_source_that_is_gone_changed_or_damaged_is_named(tmp_path):
     shutil.rmtree(b)
     (tmp_path / "kept").rename(b)
     assert open_dataset(tmp_path / "mix").names == ("a", "b")
-    (a / "chunks" / "train-00000.tokens").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a' is damaged: chunks/train-00000.tokens: holds 0 bytes"):
+    (a / "chunks" / "train-00001-00000.tokens").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a' is damaged: chunks/train-00001-00000.tokens: holds 0 bytes"):
         open_dataset(tmp_path / "mix")
 
 
 def test_an_edited_mixture_is_refused(sources, tmp_path):
     merge(sources[:2], tmp_path / "mix", weights=[7, 3])
-    file = tmp_path / "mix" / st.MIXTURE
+    file = tmp_path / "mix" / MIXTURE
     tree = json.loads(file.read_bytes())
     tree["sources"][0]["weight"] = "1/2"
     file.write_text(json.dumps(tree))

@@ -11,10 +11,11 @@ from hypothesis import strategies as hyp
 
 from blues.data import shards, sources
 from blues.data import store as st
+from blues.data.chunks import CHUNKS
 from blues.data.readers import Document, Rejected, read_part
-from blues.data.shards import HASH_RANGE, Split, TaskResult, place_of, rejected_file, run_task
+from blues.data.shards import HASH_RANGE, Recipe, Split, TaskResult, place_of, rejected_file, run_task
 from blues.errors import DataError
-from tests.data.datasets import TOKENIZER, snapshot
+from tests.data.datasets import TOKENIZER, publish, snapshot
 
 HALF = Split.fraction(0.5)
 
@@ -37,18 +38,15 @@ def work(
 ) -> list[TaskResult]:
     tasks = plan.tasks()
     numbers = list(range(len(tasks))) if numbers is None else numbers
-    return [run_task(directory, number, plan.root, tasks[number], TOKENIZER.build(), HALF) for number in numbers]
+    return [
+        run_task(directory, number, plan.root, tasks[number], TOKENIZER.build(), Recipe(HALF)) for number in numbers
+    ]
 
 
 def stored(directory: Path, results: list[TaskResult]) -> list[tuple[str, st.StoredDocument]]:
     """(split, document) of all chunks, read as a dataset."""
     chunks = [chunk for result in results for chunk in result.chunks]
-    (directory / st.QUARANTINE).write_bytes(b"")
-    record = st.FileRecord(st.QUARANTINE, 0, st.file_checksum(directory / st.QUARANTINE))
-    st.write_manifest(
-        directory, tokenizer=TOKENIZER, settings={}, source={}, chunks=chunks, rejected={}, quarantine=record
-    )
-    store = st.Store.open(directory)
+    store = st.Store.open(publish(directory, chunks))
     assert store.check() == []
     return [(split, document) for split in st.SPLITS for document in store.documents(split)]
 
@@ -126,7 +124,7 @@ def test_a_task_without_a_usable_row_writes_no_chunk(tmp_path):
     [result] = work(sources.plan(tmp_path / "raw.csv"), tmp_path / "out")
     assert result == TaskResult((), {"empty": 1}, None, None)
     assert TaskResult.read(tmp_path / "out", 0) == result
-    assert not (tmp_path / "out" / st.CHUNKS).exists()
+    assert not (tmp_path / "out" / CHUNKS).exists()
 
 
 def test_a_task_that_fails_leaves_no_chunk_and_no_result(plan, tmp_path, monkeypatch):
@@ -140,7 +138,7 @@ def test_a_task_that_fails_leaves_no_chunk_and_no_result(plan, tmp_path, monkeyp
         patch.setattr(shards, "read_part", fails_after_five)
         with pytest.raises(DataError, match="changed while"):
             work(plan, tmp_path / "out", numbers=[1])
-    assert list((tmp_path / "out" / st.CHUNKS).iterdir()) == []
+    assert not list((tmp_path / "out").rglob("*.tokens*"))
     assert list((tmp_path / "out" / shards.TASKS).iterdir()) == []
     expected = work(plan, tmp_path / "whole", numbers=[1])
     assert work(plan, tmp_path / "out", numbers=[1]) == expected

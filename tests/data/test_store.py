@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hyp
 
-from blues.data import store as st
+from blues.data.chunks import ChunkWriter
+from blues.data.manifest import MANIFEST, read_checked_json, write_checked_json
 from blues.data.store import Store
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
@@ -34,17 +35,18 @@ def all_tokens(chunks) -> list[int]:
 
 def edit_manifest(path: Path, change) -> None:
     """Change the manifest as someone with an editor would: the checksum stays."""
-    tree = json.loads((path / st.MANIFEST).read_bytes())
+    tree = json.loads((path / MANIFEST).read_bytes())
     change(tree)
-    (path / st.MANIFEST).write_text(json.dumps(tree))
+    (path / MANIFEST).write_text(json.dumps(tree))
 
 
 def resign_manifest(path: Path, change) -> None:
     """Change the manifest and its checksum: what a faulty writer would leave."""
-    tree = json.loads((path / st.MANIFEST).read_bytes())
+    tree = json.loads((path / MANIFEST).read_bytes())
     del tree["checksum"]
     change(tree)
-    st.write_checked_json(path / st.MANIFEST, tree)
+    for place in (path, path / "versions" / "00001"):
+        write_checked_json(place / MANIFEST, tree)
 
 
 def test_documents_and_counts_come_back(path):
@@ -58,7 +60,9 @@ def test_documents_and_counts_come_back(path):
         assert store.num_documents(split) == len(texts)
         assert store.num_tokens(split) == len(all_tokens(chunks))
         assert store.text_bytes(split) == sum(len(text.encode()) for text in texts)
-    [first, second] = store.documents("train", 1)
+    [_, _, first, second, _] = store.documents("train")
+    assert [store.document("train", number).id for number in range(5)] == [d.id for d in store.documents("train")]
+    assert np.array_equal(store.document("train", 3).tokens, second.tokens)
     assert (first.id, second.id, second.source) == ("train-1-0", "train-1-1", "data.txt")
     assert second.metadata == {"place": 1} and second.text_bytes == 13
     assert store.tokenizer == TOKENIZER and store.check() == []
@@ -140,12 +144,12 @@ def test_a_dataset_made_again_at_the_same_place_is_read_anew(tmp_path):
 
 
 def test_token_files_are_little_endian_words(path):
-    content = (path / "chunks" / "train-00000.tokens").read_bytes()
+    content = (path / "chunks" / "train-00001-00000.tokens").read_bytes()
     assert np.frombuffer(content, "<u4").tolist() == all_tokens(TRAIN[:1])
 
 
 def test_an_interrupted_writer_leaves_no_chunk(tmp_path):
-    writer = st.ChunkWriter(tmp_path, "train", 0)
+    writer = ChunkWriter(tmp_path, "train", 0)
     writer.add(np.array([1, 299], np.uint32), id="a", source="s", text_bytes=1, metadata={})
     assert not list((tmp_path / "chunks").glob("train*")), "nothing has its name before it is whole"
     writer.abort()
@@ -153,9 +157,9 @@ def test_an_interrupted_writer_leaves_no_chunk(tmp_path):
 
 
 def test_names_that_are_not_utf8_survive_the_manifest(tmp_path):
-    tree = {"format": "x", "version": 1, "name": os.fsdecode(b"caf\xe9.csv"), "plain": "café"}
-    st.write_checked_json(tmp_path / "a.json", tree)
-    found = st.read_checked_json(tmp_path, "a.json", "x", 1)
+    tree = {"format": "x", "format_version": 1, "name": os.fsdecode(b"caf\xe9.csv"), "plain": "café"}
+    write_checked_json(tmp_path / "a.json", tree)
+    found = read_checked_json(tmp_path, "a.json", "x", 1)
     assert {key: found[key] for key in tree} == tree
     assert "café" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
@@ -163,10 +167,15 @@ def test_names_that_are_not_utf8_survive_the_manifest(tmp_path):
 # What is damaged is detected when the dataset is opened, or by `check`, and named.
 
 
-CHUNK_FILES = ("chunks/train-00001.tokens", "chunks/train-00001.documents.parquet", "chunks/validation-00000.tokens")
+CHUNK_FILES = (
+    "chunks/train-00001-00001.tokens",
+    "chunks/train-00001-00001.documents.parquet",
+    "chunks/validation-00001-00000.tokens",
+)
+VERSION_FILES = ("versions/00001/quarantine.jsonl", "versions/00001/files.parquet")
 
 
-@pytest.mark.parametrize("name", [*CHUNK_FILES, st.QUARANTINE])
+@pytest.mark.parametrize("name", [*CHUNK_FILES, *VERSION_FILES])
 def test_a_missing_or_resized_file_is_named_at_once(path, name):
     file = path / name
     content = file.read_bytes()
@@ -228,14 +237,14 @@ def test_an_edited_manifest_is_refused(path, change):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
 def test_an_unreadable_manifest_is_refused(path, content):
-    (path / st.MANIFEST).write_bytes(content)
+    (path / MANIFEST).write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json' is damaged .*make the dataset again"):
         Store.open(path)
 
 
 def test_another_format_or_version_is_refused(path):
-    resign_manifest(path, lambda tree: tree.update(version=99))
-    with pytest.raises(DataError, match=r"version 99, and this Blues reads 'blues-store' version 1"):
+    resign_manifest(path, lambda tree: tree.update(format_version=99))
+    with pytest.raises(DataError, match=r"version 99, and this Blues reads 'blues-store' version 2"):
         Store.open(path)
 
 
@@ -263,7 +272,7 @@ def write_wrong(path: Path, content: list[list[int]], changes: dict[str, int]) -
 )
 def test_tokens_index_and_manifest_must_agree(tmp_path, content, changes, words):
     [issue] = write_wrong(tmp_path / "data", content, changes).check()
-    assert issue.where == "chunks/train-00000.tokens" and words in issue.what
+    assert issue.where == "chunks/train-00001-00000.tokens" and words in issue.what
 
 
 def test_a_place_that_is_no_dataset_gets_the_remedy(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blues.data import store as st
+from blues.data.manifest import MANIFEST, write_checked_json
 from blues.data.merge import merge, open_dataset
 from blues.data.tokenizer import Tokenizer
 from blues.data.verify import mixture_table, verify
@@ -39,10 +40,11 @@ def flip(file: Path, place: int = 0) -> None:
 
 def resign(path: Path, change) -> None:
     """Change the manifest and its checksum."""
-    tree = json.loads((path / st.MANIFEST).read_bytes())
+    tree = json.loads((path / MANIFEST).read_bytes())
     del tree["checksum"]
     change(tree)
-    st.write_checked_json(path / st.MANIFEST, tree)
+    for place in (path, path / "versions" / "00001"):
+        write_checked_json(place / MANIFEST, tree)
 
 
 def test_a_whole_dataset_is_good_and_is_not_touched(path):
@@ -84,7 +86,11 @@ def test_a_split_without_documents_has_no_statistics_to_fail_on(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["chunks/train-00001.tokens", "chunks/train-00001.documents.parquet", "chunks/validation-00000.tokens"],
+    [
+        "chunks/train-00001-00001.tokens",
+        "chunks/train-00001-00001.documents.parquet",
+        "chunks/validation-00001-00000.tokens",
+    ],
 )
 def test_a_flipped_bit_is_an_issue_that_names_the_file(path, name):
     flip(path / name, place=5)
@@ -93,7 +99,7 @@ def test_a_flipped_bit_is_an_issue_that_names_the_file(path, name):
 
 
 def test_every_damaged_file_is_listed(path):
-    for name in ("train-00000.tokens", "train-00002.tokens", "validation-00000.documents.parquet"):
+    for name in ("train-00001-00000.tokens", "train-00001-00002.tokens", "validation-00001-00000.documents.parquet"):
         flip(path / "chunks" / name)
     report = verify(path)
     assert len(report.issues) == 3 and report.statistics == () and not report.good
@@ -102,17 +108,17 @@ def test_every_damaged_file_is_listed(path):
 
 
 def test_truncated_and_missing_chunks_and_edited_manifests_are_issues(path):
-    file = path / "chunks" / "train-00001.tokens"
+    file = path / "chunks" / "train-00001-00001.tokens"
     content = file.read_bytes()
     file.write_bytes(content[:-4])
     [issue] = verify(path).issues
-    assert "train-00001.tokens" in issue.where and f"{len(content) - 4:,} bytes" in issue.what
+    assert "train-00001-00001.tokens" in issue.where and f"{len(content) - 4:,} bytes" in issue.what
     file.unlink()
     [issue] = verify(path).issues
-    assert "train-00001.tokens" in issue.where and "No such file" in issue.what
+    assert "train-00001-00001.tokens" in issue.where and "No such file" in issue.what
     file.write_bytes(content)
     assert verify(path).good
-    manifest = path / st.MANIFEST
+    manifest = path / MANIFEST
     manifest.write_text(manifest.read_text().replace('"documents": 5', '"documents": 4'))
     [issue] = verify(path).issues
     assert "manifest.json' was changed after it was written" in issue.what and "restore it" in issue.what
@@ -122,9 +128,9 @@ def test_chunks_that_contradict_their_index_are_issues(tmp_path):
     path = make_store(tmp_path / "data", train=[[[5, 299, 6]], [[5, 300]], [[7]]])
     resign(path, lambda tree: tree["splits"]["train"]["chunks"][2].update(documents=4))
     whats = {Path(issue.where).name: issue.what for issue in verify(path).issues}
-    assert "exactly at the end of each document" in whats["train-00000.tokens"]
-    assert "token 300 is outside the vocabulary of 300 ids" in whats["train-00001.tokens"]
-    assert "its index lists 1 documents where the manifest says 4" in whats["train-00002.tokens"]
+    assert "exactly at the end of each document" in whats["train-00001-00000.tokens"]
+    assert "token 300 is outside the vocabulary of 300 ids" in whats["train-00001-00001.tokens"]
+    assert "its index lists 1 documents where the manifest says 4" in whats["train-00001-00002.tokens"]
 
 
 def test_tokens_that_no_text_gives_are_issues(tmp_path):
@@ -134,7 +140,7 @@ def test_tokens_that_no_text_gives_are_issues(tmp_path):
     assert tokenizer.decode(apart) == tokenizer.decode([merged])
     path = make_store(tmp_path / "data", train=[["fine"], [apart]], validation=[[[merged]]])
     [issue] = verify(path).issues
-    assert issue.where == str(path / "chunks" / "train-00001.tokens")
+    assert issue.where == str(path / "chunks" / "train-00001-00001.tokens")
     assert "document 'train-1-0' tokenizes to other tokens than are stored" in issue.what
 
 
@@ -154,18 +160,18 @@ def test_a_sample_that_is_no_number_of_documents_is_refused(path):
 
 
 def test_every_damaged_source_of_a_merged_dataset_is_named(mix, tmp_path):
-    (tmp_path / "more" / "chunks" / "train-00000.tokens").unlink()
+    (tmp_path / "more" / "chunks" / "train-00001-00000.tokens").unlink()
     (tmp_path / "data").rename(tmp_path / "gone")
     first, second = verify(mix).issues
     assert first.where == "data" and "put it back or merge again" in first.what
-    assert second.where.endswith("train-00000.tokens") and "No such file" in second.what
+    assert second.where.endswith("train-00001-00000.tokens") and "No such file" in second.what
 
 
 def test_a_damaged_source_of_a_merged_dataset_is_named(mix, tmp_path):
-    flip(tmp_path / "more" / "chunks" / "train-00000.tokens")
+    flip(tmp_path / "more" / "chunks" / "train-00001-00000.tokens")
     report = verify(mix)
     [issue] = report.issues
-    assert Path(issue.where).resolve() == tmp_path / "more" / "chunks" / "train-00000.tokens"
+    assert Path(issue.where).resolve() == tmp_path / "more" / "chunks" / "train-00001-00000.tokens"
     assert {line.source for line in report.statistics} == {"data"}, "the others are still described"
 
 

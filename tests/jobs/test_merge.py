@@ -61,13 +61,13 @@ def test_verify_reads_everything_and_its_issues_are_exit_status_2(tmp_path, caps
     sources = [str(make_store(tmp_path / name, train=[[f"text {name}"]], validation=[["held"]])) for name in "ab"]
     assert run(sources, tmp_path / "mix", "--strategy", "equal", "--verify") == 0
     assert "good: all checksums hold, 4 documents tokenize to what is stored" in capsys.readouterr().out
-    file = tmp_path / "b" / "chunks" / "train-00000.tokens"
+    file = tmp_path / "b" / "chunks" / "train-00001-00000.tokens"
     content = bytearray(file.read_bytes())
     content[0] ^= 1
     file.write_bytes(content)
     assert run(sources, tmp_path / "mix", "--strategy", "equal", "--verify") == 2
     out = capsys.readouterr().out
-    assert "b/chunks/train-00000.tokens: its bytes do not match the checksum" in out
+    assert "b/chunks/train-00001-00000.tokens: its bytes do not match the checksum" in out
 
 
 @pytest.mark.parametrize(

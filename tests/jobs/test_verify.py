@@ -18,7 +18,7 @@ def path(tmp_path) -> Path:
 
 
 def damage(path: Path) -> Path:
-    file = path / "chunks" / "train-00001.tokens"
+    file = path / "chunks" / "train-00001-00001.tokens"
     content = bytearray(file.read_bytes())
     content[0] ^= 1
     file.write_bytes(content)
@@ -60,7 +60,7 @@ def test_a_merged_dataset_is_as_good_as_its_sources(path, tmp_path, capsys):
     assert ["notes", "train", "0.750"] in rows and ["other", "validation", "0.250"] in rows
     damage(path)
     assert main(["verify", str(tmp_path / "mix")]) == 2
-    assert "notes/chunks/train-00001.tokens" in capsys.readouterr().out
+    assert "notes/chunks/train-00001-00001.tokens" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_dataset_is_one_sentence(tmp_path, capsys):

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from blues.data import store
 from blues.data.batches import Mixture
+from blues.data.chunks import ChunkWriter
 from blues.data.merge import merge
 from blues.data.tokenizer import Tokenizer
 from blues.experiment import Experiment
@@ -29,6 +29,7 @@ from blues.tracking.tracker import Tracking
 from blues.training.optim import AdamW, Cosine
 from blues.training.parallel import Parallel
 from blues.training.trainer import Trainer
+from tests.data.datasets import publish
 
 VOCAB = 320
 TOKENIZER = Tokenizer.Config(vocab_size=VOCAB)
@@ -39,19 +40,14 @@ def make_store(directory: Path, modules: tuple[str, ...]) -> Path:
     directory.mkdir(parents=True)
     tokenizer = TOKENIZER.build()
     folder = Path(os.__file__).parent
-    writers = {split: store.ChunkWriter(directory, split, 0) for split in ("train", "validation")}
+    writers = {split: ChunkWriter(directory, split, 0) for split in ("train", "validation")}
     for module in modules:
         text = (folder / f"{module}.py").read_text(encoding="utf-8")
         for split, part in (("validation", text[:4_000]), ("train", text[4_000:24_000])):
             tokens = np.array([*tokenizer.encode(part), tokenizer.eot_id], dtype=np.uint32)
             writers[split].add(tokens, id=module, source=module, text_bytes=len(part.encode()), metadata={})
     chunks = [writer.close() for writer in writers.values()]
-    (directory / "quarantine.jsonl").write_bytes(b"")
-    empty = store.FileRecord("quarantine.jsonl", 0, store.file_checksum(directory / "quarantine.jsonl"))
-    store.write_manifest(
-        directory, tokenizer=TOKENIZER, settings={}, source={}, chunks=chunks, rejected={}, quarantine=empty
-    )
-    return directory
+    return publish(directory, chunks, TOKENIZER)
 
 
 def make_dataset(directory: Path) -> Path:

@@ -1,0 +1,108 @@
+"""Many tasks on a pool of Ray Data actors: how datasets are prepared, compared and written in parallel.
+
+In: a worker class, the arguments of its construction, tasks by number. Out: each task's result as soon as it is done.
+
+A worker is made once in each actor, so that what is costly to load is loaded once. Only task numbers and results pass
+through Ray's data plane, and the tasks themselves lie once in its object store: memory does not grow with their number
+or with what they read. Work that is too small to be worth a cluster's start is done in this process instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from blues.cluster import session
+from blues.errors import BluesError, DataError
+
+Worker = Callable[[int, Any], Any]
+"""Called with a task's number and the task; returns something small."""
+
+
+def map_tasks(
+    make: Callable[..., Worker],
+    arguments: tuple[Any, ...],
+    tasks: Mapping[int, Any],
+    *,
+    num_workers: int | None = None,
+    address: str | None = None,
+    here: bool = False,
+) -> Iterator[tuple[int, Any]]:
+    """Do all tasks, and yield (number, result) of each in the order in which they end.
+
+    Args:
+        make: class (or function) that makes a worker of `arguments`; both must pickle.
+        num_workers: actors, one CPU each; None for all CPUs of the cluster.
+        here: do them one after the other in this process, without Ray.
+
+    Raises:
+        BluesError: what a worker raised (a `DataError` with its sentence if it was raised in another process).
+    """
+    if not tasks:
+        return
+    if here:
+        worker = make(*arguments)
+        for number, task in tasks.items():
+            yield number, worker(number, task)
+        return
+    with session.connect(address, num_cpus=num_workers) as connected:
+        workers = min(num_workers or max(1, int(connected.resources.get("CPU", 1))), len(tasks))
+        # Ray warns on the terminal of every actor it may restart; on one machine none needs to be.
+        restarts = {"max_restarts": 0} if connected.one_machine else {}
+        yield from _stream(make, arguments, tasks, workers, restarts)
+
+
+def _stream(
+    make: Callable[..., Worker],
+    arguments: tuple[Any, ...],
+    tasks: Mapping[int, Any],
+    workers: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[int, Any]]:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the caller says how far it is
+    dataset = ray.data.from_items(
+        [{"task": number} for number in tasks], override_num_blocks=min(len(tasks), 16 * workers)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 has no other way yet to pass `max_restarts`
+        done = dataset.map_batches(
+            cast(Any, _Actor),
+            fn_constructor_args=(make, arguments),
+            fn_kwargs={"tasks": ray.put(dict(tasks))},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=1,
+            **options,
+        )
+    for row in done.iter_rows():
+        if row["error"]:
+            raise DataError(row["error"])
+        yield int(row["task"]), pickle.loads(row["result"])
+
+
+class _Actor:
+    """Holds one worker. Errors that are meant for a person come back as their sentence, others as Ray's."""
+
+    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
+        self.worker = make(*arguments)
+        self.tasks: dict[int, Any] | None = None
+
+    def __call__(self, batch: dict[str, Any], tasks: Any) -> dict[str, Any]:
+        import ray
+
+        if self.tasks is None:  # fetched once, not for every task
+            self.tasks = ray.get(tasks) if isinstance(tasks, ray.ObjectRef) else tasks
+        number = int(batch["task"][0])
+        try:
+            result, error = self.worker(number, self.tasks[number]), ""
+        except BluesError as problem:
+            result, error = None, str(problem)
+        return {"task": [number], "result": [pickle.dumps(result)], "error": [error]}

@@ -1,0 +1,97 @@
+"""The signed JSON files that make a folder a dataset: `manifest.json` of a store, `mixture.json` of a merged one.
+
+In: a tree of plain values. Out: a file that carries the sha256 of its own content, and the reader that checks it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blues import config as cfg
+from blues.errors import DataError
+
+FORMAT = "blues-store"
+MIXTURE_FORMAT = "blues-mixture"
+MANIFEST = "manifest.json"
+MIXTURE = "mixture.json"
+
+
+def write_checked_json(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """Write `tree` with its sha256 under the key `checksum`, atomically; returns it with the checksum."""
+    signed = {**tree, "checksum": _tree_checksum(tree)}
+    cfg.write_atomic(path, encode_json(signed, indent=1))
+    return signed
+
+
+def read_checked_json(directory: Path, name: str, kind: str, version: int) -> dict[str, Any]:
+    """Read what `write_checked_json` wrote, and check format, version and checksum.
+
+    Raises:
+        DataError: with the reason and the remedy.
+    """
+    path = directory / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(_why_not_a_dataset(directory, name, error)) from None
+    try:
+        tree = json.loads(content)
+        if not isinstance(tree, dict):
+            raise ValueError("not a mapping")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise DataError(f"{str(path)!r} is damaged ({error}); restore it or make the dataset again") from None
+    if tree.get("format") != kind or tree.get("format_version") != version:
+        raise DataError(
+            f"{str(path)!r} is of format {tree.get('format')!r} version {tree.get('format_version')!r}, and this Blues "
+            f"reads {kind!r} version {version}; make the dataset again with this version"
+        )
+    checksum = tree.pop("checksum", None)
+    if checksum != _tree_checksum(tree):
+        raise DataError(f"{str(path)!r} was changed after it was written; restore it or make the dataset again")
+    return {**tree, "checksum": checksum}
+
+
+def encode_json(value: Any, indent: int | None = None) -> bytes:
+    """UTF-8 JSON that keeps names readable; a file name that is not UTF-8 turns into escapes that load reads back."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def is_dataset(directory: Path) -> bool:
+    """Whether a folder is a prepared or merged dataset, going by the first words of its manifest."""
+    for name, words in ((MANIFEST, FORMAT), (MIXTURE, MIXTURE_FORMAT)):
+        try:
+            with open(directory / name, "rb") as file:
+                if f'"format": "{words}"'.encode() in file.read(64):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _tree_checksum(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _why_not_a_dataset(directory: Path, name: str, error: OSError) -> str:
+    where = repr(str(directory))
+    if not directory.exists():
+        partial = partial_directory(directory)
+        if partial.exists():
+            return f"dataset {where} is not finished; run the same `blues prepare` command again to finish it"
+        return (
+            f"dataset {where} does not exist; make it with `blues prepare --dataset FILE --data-cache-dir {directory}`"
+        )
+    if not isinstance(error, FileNotFoundError) and not isinstance(error, NotADirectoryError):
+        return f"cannot read {str(directory / name)!r}: {error.strerror}"
+    if name == MANIFEST and (directory / MIXTURE).exists():
+        return f"{where} is a merged dataset, and a single prepared one is needed here; name one of its sources"
+    return f"{where} is not a Blues dataset (it has no {name}); make one with `blues prepare` or `blues merge`"
+
+
+def partial_directory(directory: Path) -> Path:
+    """Where a dataset grows until it is whole and gets its name."""
+    return directory.absolute().with_name(f".{directory.absolute().name}.partial")
