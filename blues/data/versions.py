@@ -6,9 +6,11 @@ In: the chunks and segments of the version, and where they come from. Out: `vers
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from filelock import FileLock, Timeout
 
 from blues import __version__
 from blues import config as cfg
 from blues.data import store as st
 from blues.data.chunks import ChunkRecord, FileRecord
-from blues.data.manifest import FORMAT, MANIFEST, write_checked_json
+from blues.data.manifest import FORMAT, MANIFEST, partial_directory, write_checked_json
 from blues.data.store import SEGMENT_TYPE, SPLITS, Store, content_fingerprint, version_folder
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 
 FILES = "files.parquet"
 SEGMENTS = "segments.parquet"
+# A source file: its name, a checksum of what it held, its size, how it was read, and which of the sources it is of.
 FILES_SCHEMA = pa.schema(
-    [("file", pa.string()), ("content", pa.string()), ("bytes", pa.uint64()), ("origin", pa.uint32())]
+    [
+        ("file", pa.string()),
+        ("content", pa.string()),
+        ("bytes", pa.uint64()),
+        ("reading", pa.string()),
+        ("origin", pa.uint32()),
+    ]
 )
 PLACE_TYPE = np.dtype([("chunk", "<i4"), ("document", "<i8"), ("first_token", "<i8"), ("tokens", "<i8")])
 
@@ -41,7 +51,7 @@ class Draft:
     """A version that is to be written.
 
     operation: what made it, such as `{"kind": "prepare"}`. settings: of preparing. sources: one description for each
-    source that was prepared or appended. files: FILES_SCHEMA. rejected: rows by reason; quarantine: the lines of them.
+    source that was prepared or appended. files: of FILES_SCHEMA. rejected: rows by reason; quarantine: the lines of them.
     segments: None for all chunks in order. parent: checksum of the version it was made from. code: the version of
     Blues. attachments: further files of this version by name.
     """
@@ -154,10 +164,48 @@ def _parquet(table: pa.Table) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Be the only process that writes at a dataset inside the `with` block. The lock is the kernel's: it dies with us.
+
+    Raises:
+        DataError: another process does, or the folder cannot be written.
+    """
+    partial = partial_directory(directory)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=partial.parent):  # a lock that cannot be made looks like one that is held
+            pass
+    except OSError as error:
+        raise DataError(
+            f"cannot write into {str(partial.parent)!r} ({error.strerror}); choose another place for the dataset"
+        ) from None
+    lock = FileLock(partial.with_suffix(".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(
+            f"another process is writing at {str(directory)!r}; wait for it, or choose another name"
+        ) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def unpublished(directory: Path, tokenizer: Tokenizer.Config, split: str, chunks: Sequence[ChunkRecord]) -> Store:
+    """Chunks of one split that belong to no version yet, as a store whose documents can be listed."""
+    own = {name: tuple(chunks) if name == split else () for name in SPLITS}
+    segments = {name: st.whole_chunks(own[name]) for name in SPLITS}
+    starts = {name: np.concatenate(([0], np.cumsum(segments[name]["tokens"], dtype=np.int64))) for name in SPLITS}
+    return Store(directory, {}, tokenizer, own, segments, starts)
+
+
 def files_of(store: Store) -> pa.Table:
     """The source files of a version, FILES_SCHEMA."""
     [record] = [tree for tree in store.manifest["attachments"] if tree["file"].endswith(f"/{FILES}")]
-    return pq.read_table(store.path / record["file"], schema=FILES_SCHEMA)
+    return pq.ParquetFile(store.path / record["file"]).read(use_threads=False)
 
 
 def places_of(store: Store, split: str) -> np.ndarray:

@@ -74,6 +74,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def code_version() -> dict[str, Any]:
+    """The code that is running: version of Blues, git commit, whether tracked files differ from it."""
+    commit, dirty = git_commit(Path(blues.__file__).parent)
+    return {"blues": blues.__version__, "commit": commit, "dirty": dirty}
+
+
 def git_commit(folder: Path) -> tuple[str | None, bool | None]:
     """(commit, whether tracked files differ from it) of the code in `folder`; (None, None) when it is not known.
 
