@@ -27,7 +27,20 @@ from blues import __version__
 from blues.config import FAMILIES, Configurable, fields_of, nearest
 from blues.errors import BluesError, ConfigError
 
-JOURNEY = ("prepare", "merge", "verify", "train", "sweep", "generate", "evaluate", "export", "ui", "submit", "demo")
+JOURNEY = (
+    "prepare",
+    "merge",
+    "verify",
+    "train",
+    "sweep",
+    "generate",
+    "evaluate",
+    "export",
+    "benchmark",
+    "ui",
+    "submit",
+    "demo",
+)
 """The order in which help lists the jobs: the order in which data travels."""
 
 FORWARDED = "job_arguments"

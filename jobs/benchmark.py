@@ -1,0 +1,81 @@
+"""Measure how fast Blues is, beside its peers in the same run and on the same data.
+
+AREA is data: preparing, loading and verifying datasets, beside tiktoken, fastokens, Hugging Face datasets,
+mosaicml-streaming and litdata. Every run is a fresh process; figures are means over rounds with their spread, and are
+recorded with commit, machine, versions, seed and load as JSON, a table and a chart. A peer that is not installed is
+named with what to install, and skipped. Ctrl-C keeps what was measured.
+
+examples:
+  blues benchmark data
+  blues benchmark data --only loader,verify --store-gb 1
+  python -m venv peers && peers/bin/pip install mosaicml-streaming litdata datasets tiktoken
+  blues benchmark data --peer-python peers/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuning.benchmarks.bench import Bench
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("area", metavar="AREA", choices=tuple(AREAS), help=f"what is measured: {', '.join(AREAS)}")
+    parser.add_argument("--only", metavar="GROUP,GROUP", help="only these groups of the area (default: all)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn at random")
+    parser.add_argument("--work", default="benchmark", metavar="DIR", help="folder for data (4 x the store) and logs")
+    parser.add_argument("--keep", action="store_true", help="leave the data there, and use what an earlier run left")
+    parser.add_argument("--output", default="benchmark.json", metavar="FILE", help="the record, with a chart beside")
+    parser.add_argument("--peer-python", metavar="PATH", help="interpreter that has the peers (default: this one)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--corpus", action="append", metavar="DIR", help="folder of Python source (default: installed)")
+    data.add_argument("--corpus-mb", type=float, metavar="X", help="megabytes of it, drawn at random (default: all)")
+    data.add_argument("--store-gb", type=float, default=10.0, metavar="X", help="size of the dataset that is read")
+    data.add_argument("--windows", type=int, default=100_000, metavar="N", help="windows of a run of a loader")
+    data.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that prepare")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tuning.benchmarks.bench import Bench
+    from tuning.benchmarks.chart import draw
+    from tuning.benchmarks.record import Record
+
+    bench = Bench(Path(args.work), Record(Path(args.output), vars(args)), args.repeat)
+    try:
+        AREAS[args.area](args, bench)
+    finally:  # also what was measured before Ctrl-C
+        print(bench.record.table())
+        for file in (bench.record.path, draw(bench.record, bench.record.path.with_suffix(".png"))):
+            if file is not None and file.exists():
+                print(f"wrote {file}")
+    return 1 if bench.record.failed else 0
+
+
+def run_data(args: argparse.Namespace, bench: Bench) -> None:
+    from tuning.benchmarks.data import Options, measure
+
+    options = Options(
+        corpus=tuple(args.corpus or ()),
+        corpus_mb=args.corpus_mb,
+        store_gb=args.store_gb,
+        windows=args.windows,
+        workers=args.num_workers,
+        seed=args.seed,
+        peer_python=args.peer_python or sys.executable,
+    )
+    measure(bench, options, args.only, keep=args.keep)
+
+
+AREAS = {"data": run_data}
+"""What can be measured, and what does it; each has an argument group of its own above."""
+
+
+if __name__ == "__main__":
+    from blues.cli import run_job
+
+    raise SystemExit(run_job("benchmark"))

@@ -1,0 +1,79 @@
+"""Records: spreads, goals, a table that hides nothing, and a file that is whole after every measurement."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuning.benchmarks.record import Figure, Measurement, Record, Spread, number, ratio
+
+VALUES = st.lists(st.floats(0.01, 1e6), min_size=1, max_size=6)
+
+
+def record(tmp_path) -> Record:
+    made = Record(tmp_path / "r.json", {"seed": 3}, groups={"loader": {"title": "windows"}})
+    made.measurements += [
+        Measurement("loader", "ours", "blues", "", ("MB/s", "open ms"), runs=[{"MB/s": 800.0, "open ms": 2.0}] * 2),
+        Measurement("loader", "theirs", "peer", "", ("MB/s", "s"), runs=[{"MB/s": 90.0}]),
+        Measurement("loader", "absent", "peer", "", ("MB/s",), problem="x not installed; pip install x", skipped=True),
+        Measurement("loader", "broken", "peer", "", ("MB/s",), problem="it fell over"),
+    ]
+    made.figures.append(Figure("loader", "windows", Spread((800.0, 800.0)), "MB/s", at_least=500.0))
+    made.figures.append(Figure("loader", "open", Spread((2.0,)), "ms", at_most=1.0))
+    return made
+
+
+@given(VALUES)
+def test_a_spread_is_the_mean_and_the_sample_deviation(values):
+    spread = Spread(tuple(values))
+    assert spread.mean == pytest.approx(statistics.fmean(values))
+    assert spread.deviation == (statistics.stdev(values) if len(values) > 1 else 0)
+    assert ("±" in str(spread)) == (len(values) > 1)
+
+
+@given(VALUES)
+def test_the_ratio_of_runs_of_the_same_round_keeps_their_spread(values):
+    same = ratio(Spread(tuple(values)), Spread(tuple(values)), 100)
+    assert same.values == pytest.approx([100.0] * len(values))
+    assert ratio(Spread((2.0, 4.0, 6.0)), Spread((2.0, 2.0))).values == (2.0,)  # a run is missing: of the means
+
+
+@pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (0.1234, "0.123"), (12.34, "12.3"), (1.234, "1.23")])
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_goals_are_met_by_the_mean():
+    assert Figure("g", "n", Spread((4.0, 6.0)), "s", at_least=5.0).met
+    assert not Figure("g", "n", Spread((4.0, 6.0)), "s", at_most=4.9).met
+    assert Figure("g", "n", Spread((4.0,)), "s").met is None
+
+
+def test_the_table_shows_what_was_measured_skipped_and_lost(tmp_path):
+    lines = record(tmp_path).table().splitlines()
+    assert lines[0] == "loader: windows"
+    assert [line.split() for line in lines[2:4]] == [
+        ["blues", "ours", "800", "±", "0.000", "2.00", "±", "0.000"],
+        ["peer", "theirs", "90.0"],
+    ]
+    assert "  peer       absent: skipped: x not installed; pip install x" in lines
+    assert "  peer       broken: FAILED: it fell over" in lines
+    assert "  = windows: 800 ± 0.000 MB/s, goal >= 500: met" in lines
+    assert "  = open: 2.00 ms, goal <= 1.00: NOT met" in lines
+
+
+def test_the_file_holds_everything_that_decides_a_figure(tmp_path):
+    made = record(tmp_path)
+    made.save()
+    tree = json.loads((tmp_path / "r.json").read_text())
+    assert tree["options"] == {"seed": 3} and tree["interrupted"] is False
+    assert {"cpu", "cores", "ram_gb"} <= set(tree["device"]) and tree["versions"]["numpy"] and "commit" in tree
+    ours, theirs, absent, _ = tree["measurements"]
+    assert ours["summary"]["MB/s"] == {"mean": 800.0, "deviation": 0.0, "values": [800.0, 800.0]}
+    assert theirs["summary"].keys() == {"MB/s"} and absent["skipped"] is True
+    assert [figure["met"] for figure in tree["figures"]] == [True, False]
+    assert [measurement.name for measurement in made.failed] == ["broken"]
