@@ -29,6 +29,7 @@ from blues.errors import BluesError, ConfigError
 
 JOURNEY = (
     "prepare",
+    "dedup",
     "merge",
     "verify",
     "train",

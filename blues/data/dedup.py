@@ -56,6 +56,8 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Read = Callable[[int, int], np.ndarray]
+"""Tokens `[start, stop)` of a shelf as uint32."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ class Shelf:
     """The documents of one split of one dataset.
 
     ends_D: int64, exclusive end of each in tokens, its `<|endoftext|>` included; digests_D: uint64, equal for equal
-    tokens; read: tokens `[start, stop)` as uint32.
+    tokens.
     """
 
     dataset: int
     split: str
     ends_D: np.ndarray
     digests_D: np.ndarray
-    read: Callable[[int, int], np.ndarray]
+    read: Read
 
 
 class Corpus:
@@ -113,39 +115,48 @@ class Corpus:
         shelf, end = self.shelves[place], int(self.shelves[place].ends_D[number - self.starts[place]])
         return shelf.read(end - int(self.lengths_N[number]), end - 1)
 
-    def ranges(self, tokens: int) -> list[tuple[int, int]]:
-        """Cut the documents into runs `[start, stop)` of about this many tokens (one document at least)."""
-        ends = np.cumsum(self.lengths_N)
-        cuts = [0]
-        while cuts[-1] < len(self):
-            before = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
-            cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, before + tokens, side="right"))))
-        return list(zip(cuts[:-1], cuts[1:], strict=True))
+    def runs(self, tokens: int) -> list[Run]:
+        """All documents in order, cut into runs of about this many tokens (one document at least)."""
+        runs = []
+        for first_number, shelf in zip(self.starts.tolist(), self.shelves, strict=False):
+            first, begin = 0, 0
+            while first < len(shelf.ends_D):
+                last = max(first + 1, int(np.searchsorted(shelf.ends_D, begin + tokens, side="right")))
+                runs.append(Run(first_number + first, shelf.dataset, shelf.split, begin, shelf.ends_D[first:last]))
+                first, begin = last, int(shelf.ends_D[last - 1])
+        return runs
 
-    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Documents `[start, stop)` in blocks of about BLOCK_TOKENS: first number, uint32[T] without `<|endoftext|>`,
-        int64[D] exclusive ends."""
-        ends = np.cumsum(self.lengths_N[start:stop])
-        first = start
-        while first < stop:
-            place = int(np.searchsorted(self.starts, first, side="right")) - 1
-            before = int(ends[first - start - 1]) if first > start else 0
-            last = start + int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right"))
-            last = min(stop, int(self.starts[place + 1]), max(first + 1, last))
-            shelf, local = self.shelves[place], first - int(self.starts[place])
-            begin = int(shelf.ends_D[local]) - int(self.lengths_N[first])
-            ends_D = shelf.ends_D[local : local + last - first] - begin
-            tokens = np.delete(shelf.read(begin, begin + int(ends_D[-1])), ends_D - 1)
-            yield first, tokens, ends_D - np.arange(1, len(ends_D) + 1)
-            first = last
 
-    def sketch(self, start: int, stop: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-        """Band keys uint64[B, D] and marks uint8[D, P] of the documents `[start, stop)`."""
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring documents of a shelf, which are sketched in one go.
+
+    number: of the first, in the corpus. begin: its first token; ends_D: int64, exclusive end of each, in the shelf.
+    """
+
+    number: int
+    dataset: int
+    split: str
+    begin: int
+    ends_D: np.ndarray
+
+    def blocks(self, read: Read) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The documents about BLOCK_TOKENS at a time, without their `<|endoftext|>`: uint32[T], int64[D] their ends."""
+        first, begin = 0, self.begin
+        while first < len(self.ends_D):
+            last = max(first + 1, int(np.searchsorted(self.ends_D, begin + BLOCK_TOKENS, side="right")))
+            ends_D = self.ends_D[first:last] - begin
+            tokens_T = np.delete(read(begin, begin + int(ends_D[-1])), ends_D - 1)
+            yield tokens_T, ends_D - np.arange(1, len(ends_D) + 1)
+            first, begin = last, int(self.ends_D[last - 1])
+
+    def sketch(self, read: Read, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+        """Band keys uint64[B, D] and marks uint8[D, P] of the documents. read: that of the shelf."""
         keys, marks = [], []
-        for _, tokens_T, ends_D in self.blocks(start, stop):
-            signatures = minhash.signatures(tokens_T, ends_D, settings.ngram, settings.permutations)
-            keys.append(minhash.band_keys(signatures, settings.bands))
-            marks.append(minhash.marks(signatures))
+        for tokens_T, ends_D in self.blocks(read):
+            signatures_DP = minhash.signatures(tokens_T, ends_D, settings.ngram, settings.permutations)
+            keys.append(minhash.band_keys(signatures_DP, settings.bands))
+            marks.append(minhash.marks(signatures_DP))
         return np.concatenate(keys, axis=1), np.concatenate(marks)
 
 

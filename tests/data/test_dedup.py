@@ -33,8 +33,9 @@ def shelf(documents: Sequence[Sequence[int]], dataset: int = 0, split: str = "tr
 def search(corpus: Corpus, wanted: Settings, tokens: int = 1 << 20) -> Removal:
     """As it is used, the sketches made of ranges of about this many tokens."""
     with Sketches.room_for(len(corpus), wanted) as made:
-        for start, stop in corpus.ranges(tokens):
-            made.put(start, *corpus.sketch(start, stop, wanted))
+        reads = {(shelf.dataset, shelf.split): shelf.read for shelf in corpus.shelves}
+        for run in corpus.runs(tokens):
+            made.put(run.number, *run.sketch(reads[run.dataset, run.split], wanted))
         return find_duplicates(corpus, wanted, made)
 
 
@@ -101,9 +102,9 @@ def test_exact_copies_are_those_with_equal_tokens_even_if_all_digests_are_equal(
 @settings(max_examples=40, deadline=None)
 @given(few_tokens, some.integers(1, 40), some.sampled_from([1, 7, 1 << 18]))
 def test_the_result_does_not_depend_on_how_the_work_is_divided(documents, tokens, block):
-    corpus, wanted = Corpus([shelf(documents[:5]), shelf(documents[5:])]), Settings(threshold=0.5, ngram=2)
-    ranges = corpus.ranges(tokens)
-    assert [number for start, stop in ranges for number in range(start, stop)] == list(range(len(documents)))
+    corpus, wanted = Corpus([shelf(documents[:5]), shelf(documents[5:], dataset=1)]), Settings(threshold=0.5, ngram=2)
+    runs = corpus.runs(tokens)
+    assert [run.number + n for run in runs for n in range(len(run.ends_D))] == list(range(len(documents)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedup, "BLOCK_TOKENS", block)
         divided = search(corpus, wanted, tokens)
@@ -224,7 +225,7 @@ def test_a_training_document_that_repeats_a_validation_document_goes(tmp_path):
 
 def test_nothing_and_one_document_have_no_duplicates():
     assert len(search(Corpus([]), Settings())) == 0
-    assert len(search(Corpus([shelf([]), shelf([[1, 2, 3]])]), Settings())) == 0
+    assert len(search(Corpus([shelf([]), shelf([[1, 2, 3]], dataset=1)]), Settings())) == 0
     assert as_rows(search(Corpus([shelf([[], [1], []])]), Settings())) == [(2, 0, True, 1.0)]
 
 
