@@ -224,7 +224,15 @@ class ZstdReader:
         sizes = np.frombuffer(table, dtype="<u4").reshape(-1, 2).astype(np.int64)
         self._offsets = np.concatenate(([0], np.cumsum(sizes[:, 0])))
         self._lengths = sizes[:, 1]
+        whole = FRAME_TOKENS * TOKEN_TYPE.itemsize
+        if np.any(self._lengths[:-1] != whole) or np.any((self._lengths < 1) | (self._lengths > whole)):
+            raise DataError(f"the table of zstd frames of {path!r} is damaged; restore it or prepare the dataset again")
         self._codec = pa.Codec("zstd")
+
+    @property
+    def frames(self) -> int:
+        """How many there are; all but the last hold FRAME_TOKENS tokens."""
+        return len(self._lengths)
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out` (bytes) with the tokens from number `start` on."""
@@ -249,7 +257,7 @@ class ZstdReader:
         )
         try:
             return np.frombuffer(self._codec.decompress(content, length, asbytes=True), dtype=TOKEN_TYPE)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             what = " ".join(str(error).split())
             raise DataError(f"frame {frame} of {self.path!r} is damaged ({what}); verify the dataset") from None
 
@@ -301,10 +309,26 @@ def load_tokens(path: Path, record: ChunkRecord) -> np.ndarray:
     tokens = np.empty(record.tokens, dtype=TOKEN_TYPE)
     reader, frame, filled = ZstdReader(where, record.data.xxh3), 0, 0
     while filled < len(tokens):  # past the cache: a whole chunk would push everything else out of it
-        content = reader.decompress(frame)
+        content = reader.decompress(frame)[: len(tokens) - filled]
         tokens[filled : filled + len(content)] = content
         frame, filled = frame + 1, filled + len(content)
     return tokens
+
+
+def read_checked(directory: Path, record: FileRecord) -> bytes:
+    """The bytes of a file of a dataset that fits in memory.
+
+    Raises:
+        DataError: it cannot be read, or is not what was written.
+    """
+    path = directory / record.file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror}; restore it") from None
+    if xxhash.xxh3_128_hexdigest(content) != record.xxh3:
+        raise DataError(f"{str(path)!r} does not match its checksum in the manifest; restore it")
+    return content
 
 
 def file_checksum(path: Path) -> str:

@@ -55,6 +55,58 @@ def read_checked_json(directory: Path, name: str, kind: str, version: int) -> di
     return {**tree, "checksum": checksum}
 
 
+def require(tree: Any, shape: Any, where: str = "") -> None:
+    """Check that a tree has the keys of `shape` and, at its leaves, values that its functions say True to.
+
+    A list in a shape stands for any number of its only element, a tuple for null or its only element, and the key
+    `...` for every key there is.
+
+    Raises:
+        ValueError: names the first key that is missing, or whose value is of another kind.
+    """
+    if isinstance(shape, tuple):
+        if tree is not None:
+            require(tree, shape[0], where)
+    elif callable(shape):
+        if not shape(tree):
+            raise ValueError(f"{where!r}")
+    elif type(tree) is not type(shape):
+        raise ValueError(f"{where!r}")
+    elif isinstance(shape, list):
+        for number, value in enumerate(tree):
+            require(value, shape[0], f"{where}[{number}]")
+    else:
+        for key, inner in shape.items():
+            for name in tree if key is ... else (key,):
+                if name not in tree:
+                    raise ValueError(f"{_join(where, name)!r}")
+                require(tree[name], inner, _join(where, name))
+
+
+def is_text(value: Any) -> bool:
+    """For `require`: a string."""
+    return isinstance(value, str)
+
+
+def is_count(value: Any) -> bool:
+    """For `require`: a whole number, not negative."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_tree(value: Any) -> bool:
+    """For `require`: a mapping of anything."""
+    return isinstance(value, dict)
+
+
+def is_file(value: Any) -> bool:
+    """For `require`: a file within a dataset."""
+    return isinstance(value, str) and not {"", "..", "."} & set(value.split("/")) and "\0" not in value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
 def encode_json(value: Any, indent: int | None = None) -> bytes:
     """UTF-8 JSON that keeps names readable; a file name that is not UTF-8 turns into escapes that load reads back."""
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -11,7 +11,7 @@ In: a dataset directory. Out: `Store`, random access to the tokens and documents
 
 A version is a list of segments for each split, runs of documents within a chunk; its tokens are those of its segments
 end to end. Updating, appending and removing duplicates make a new version that shares the chunks of the one before.
-Opening checks the manifest and all sizes; `Store.check` reads everything and checks sums and structure as well. The
+Opening checks the manifest and all sizes, reading an index checks that; `Store.check` reads and checks everything. The
 fingerprint follows from the documents and their order alone, not from how they lie in chunks. Nothing in a dataset
 depends on the time, the machine or the number of workers that wrote it.
 """
@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,11 @@ from blues.data.chunks import (
     TOKEN_TYPE,
     ChunkRecord,
     FileRecord,
-    file_checksum,
     load_tokens,
     open_reader,
+    read_checked,
 )
-from blues.data.manifest import FORMAT, MANIFEST, read_checked_json
+from blues.data.manifest import FORMAT, MANIFEST, is_count, is_file, is_text, is_tree, read_checked_json, require
 from blues.errors import ConfigError, DataError
 
 VERSION = 2  # of the format
@@ -54,6 +54,27 @@ INDEXES_IN_MEMORY = 32
 SEGMENT_TYPE = np.dtype(
     [("chunk", "<i4"), ("first_document", "<i8"), ("documents", "<i8"), ("first_token", "<i8"), ("tokens", "<i8")]
 )
+_FILE = {"file": is_file, "bytes": is_count, "xxh3": is_text}
+_COUNTS = {"documents": is_count, "tokens": is_count, "text_bytes": is_count}
+_CHUNK = _COUNTS | {"split": is_text, "data": _FILE, "index": _FILE}
+MANIFEST_SHAPE = {
+    "version": is_count,
+    "parent": (is_text,),
+    "operation": {"kind": is_text},
+    "code": is_tree,
+    "tokenizer": {"config": is_tree, "fingerprint": is_text, "n_vocab": is_count, "eot_id": is_count},
+    "settings": is_tree,
+    "sources": [is_tree],
+    "rows": is_count,
+    "documents": is_count,
+    "rejected": {...: is_count},
+    "quarantine": _FILE,
+    "attachments": [_FILE],
+    "segments": (_FILE,),
+    "splits": dict.fromkeys(SPLITS, _COUNTS | {"chunks": [_CHUNK]}),
+    "fingerprint": is_text,
+}
+"""What a manifest holds, for `manifest.require`."""
 TABLE_COLUMNS = ("id", "source", "length", "text_bytes", "digest", "metadata")
 _NAMED_VERSION = re.compile(r"(.+)@(\d+)")
 
@@ -71,10 +92,11 @@ class StoredDocument:
 
 @dataclass(frozen=True)
 class Issue:
-    """Something wrong with a dataset: where (a file), and what, in a sentence."""
+    """Something wrong with a dataset: where (a file), and what, in a sentence. A warning is for a person to judge."""
 
     where: str
     what: str
+    kind: Literal["error", "warning"] = "error"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
@@ -107,26 +129,35 @@ class Store:
                 version that is not there.
         """
         path, number = split_version(path)
-        manifest = _find_manifest(path, number, checksum)
-        try:
-            tokenizer = cfg.load(tok.Tokenizer.Config, manifest["tokenizer"]["config"])
-            chunks = {
-                split: tuple(ChunkRecord.from_tree(tree) for tree in manifest["splits"][split]["chunks"])
-                for split in SPLITS
-            }
-            segments = _read_segments(path, manifest, chunks)
-        except (KeyError, TypeError, ConfigError) as error:
-            raise DataError(
-                f"{str(path / MANIFEST)!r} lacks or cannot use {error}; prepare the dataset again"
-            ) from None
-        starts = {s: np.concatenate(([0], np.cumsum(segments[s]["tokens"], dtype=np.int64))) for s in SPLITS}
-        store = cls(path, manifest, tokenizer, chunks, segments, starts)
-        damage = next(store._wrong_sizes(), None) if check_sizes else None
+        store = cls.of(path, _find_manifest(path, number, checksum))
+        damage = next(store.wrong_sizes(), None) if check_sizes else None
         if damage is not None:
             raise DataError(
                 f"dataset {str(path)!r} is damaged: {damage}; restore the file or prepare the dataset again"
             )
         return store
+
+    @classmethod
+    def of(cls, path: Path, manifest: dict[str, Any]) -> Store:
+        """The version that a manifest of the dataset at `path` describes; reads its segments.
+
+        Raises:
+            DataError: it lacks something, or the file of its segments is damaged.
+        """
+        try:
+            require(manifest, MANIFEST_SHAPE)
+            tokenizer = cfg.load(tok.Tokenizer.Config, manifest["tokenizer"]["config"])
+            chunks = {
+                split: tuple(ChunkRecord.from_tree(tree) for tree in manifest["splits"][split]["chunks"])
+                for split in SPLITS
+            }
+        except (ValueError, TypeError, ConfigError) as error:
+            raise DataError(
+                f"{str(path / MANIFEST)!r} lacks or cannot use {error}; prepare the dataset again"
+            ) from None
+        segments = _read_segments(path, manifest, chunks)
+        starts = {s: np.concatenate(([0], np.cumsum(segments[s]["tokens"], dtype=np.int64))) for s in SPLITS}
+        return cls(path, manifest, tokenizer, chunks, segments, starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store.open, (f"{self.path.absolute()}@{self.version}",)  # the other process may work in another folder
@@ -217,8 +248,7 @@ class Store:
 
     def index(self, split: str, chunk: int) -> pa.Table:
         """The document index of a chunk as it lies on disk; see INDEX_SCHEMA."""
-        record = self.chunks[_known(split)][chunk]
-        return _read_index(str(self.path.absolute() / record.index.file), record.index.xxh3)
+        return _read_index(self.path.absolute(), self.chunks[_known(split)][chunk].index)
 
     def tables(self, split: str, columns: Sequence[str] = TABLE_COLUMNS) -> Iterator[pa.Table]:
         """The documents of a split in order, a table for each segment: id, source, length (tokens, `<|endoftext|>`
@@ -266,80 +296,25 @@ class Store:
         return self.path / self.manifest["quarantine"]["file"]
 
     def check(self) -> list[Issue]:
-        """Every damage there is: sizes, checksums, and whether index, tokens, segments and manifest agree."""
-        issues = list(self._wrong_sizes())
-        damaged = {issue.where for issue in issues}
-        for record in self._files():
-            if record.file not in damaged and file_checksum(self.path / record.file) != record.xxh3:
-                issues.append(Issue(record.file, "its bytes do not match the checksum in the manifest"))
-        damaged = {issue.where for issue in issues}
-        for split in SPLITS:
-            for number, chunk in enumerate(self.chunks[split]):
-                if not damaged & {chunk.data.file, chunk.index.file}:
-                    issues.extend(Issue(chunk.data.file, what) for what in self._disagreements(split, number))
-        issues += self._wrong_copy()
-        return issues or [Issue(MANIFEST, what) for what in self._wrong_totals()]
+        """Every damage there is: sizes, checksums, and whether tokens, indexes, segments and manifests agree, of all
+        versions. `blues.data.verify` tells more."""
+        from blues.data.checking import check_dataset  # it reads stores, so it comes after this module
 
-    def _wrong_copy(self) -> Iterator[Issue]:
-        """Whether the version's own manifest is the one that was read (the newest has a copy at the top)."""
-        name = f"{version_folder(self.version)}/{MANIFEST}"
-        try:
-            same = read_checked_json(self.path, name, FORMAT, VERSION)["checksum"] == self.checksum
-        except DataError as error:
-            yield Issue(name, str(error))
-            return
-        if not same:
-            yield Issue(name, f"it is another manifest than the one of version {self.version}")
+        return [issue for issue in check_dataset(self.path)[1].issues if issue.kind == "error"]
 
-    def _disagreements(self, split: str, number: int) -> Iterator[str]:
-        """What does not fit between a chunk's record, its index and its tokens."""
-        chunk = self.chunks[split][number]
-        try:
-            tokens, index = self.chunk(split, number), self.index(split, number)
-        except (DataError, pa.ArrowException, OSError) as error:
-            yield f"it cannot be read: {' '.join(str(error).split())}"
-            return
-        n_vocab, eot_id = (self.manifest["tokenizer"][key] for key in ("n_vocab", "eot_id"))
-        ends = index["end"].to_numpy().astype(np.int64)
-        if len(ends) != chunk.documents:
-            yield f"its index lists {len(ends)} documents where the manifest says {chunk.documents}"
-        if int(index["text_bytes"].to_numpy().sum()) != chunk.text_bytes:
-            yield "the text bytes of its index do not add up to those of the manifest"
-        if (ends[-1] if len(ends) else 0) != len(tokens) or np.any(np.diff(ends, prepend=0) <= 0):
-            yield "the ends of its documents do not rise to the number of its tokens"
-            return
-        if len(tokens) == 0:
-            return
-        if int(tokens.max()) >= n_vocab:
-            yield f"token {int(tokens.max())} is outside the vocabulary of {n_vocab} ids"
-        if not np.array_equal(np.flatnonzero(tokens == eot_id) + 1, ends):
-            yield "<|endoftext|> does not stand exactly at the end of each document"
-
-    def _wrong_totals(self) -> Iterator[str]:
-        """What does not fit between the manifest and its (undamaged) chunks."""
-        for split in SPLITS:
-            for name, counted in (("tokens", self.num_tokens(split)), ("documents", self.num_documents(split))):
-                if counted != self.manifest["splits"][split][name]:
-                    yield f"{split} holds {counted:,} {name} where it says {self.manifest['splits'][split][name]:,}"
-            for chunk, first, documents, start, tokens in self.segments[split].tolist():
-                ends = self.index(split, chunk)["end"].to_numpy()
-                begin = ends[first - 1] if first else 0
-                if first + documents > len(ends) or begin != start or ends[first + documents - 1] != start + tokens:
-                    yield f"a segment of {split} does not fit documents {first} to {first + documents} of chunk {chunk}"
-                    return
-        if content_fingerprint(self) != self.fingerprint:
-            yield "the fingerprint of the content is another one than it says"
-
-    def _files(self) -> Iterator[FileRecord]:
+    def files(self) -> Iterator[FileRecord]:
+        """Every file of this version but its manifest."""
         for split in SPLITS:
             for chunk in self.chunks[split]:
                 yield chunk.data
                 yield chunk.index
-        for tree in (*self.manifest["attachments"], self.manifest["quarantine"]):
+        segments = self.manifest["segments"]
+        for tree in (*self.manifest["attachments"], self.manifest["quarantine"], *([segments] if segments else ())):
             yield FileRecord(**tree)
 
-    def _wrong_sizes(self) -> Iterator[Issue]:
-        for record in self._files():
+    def wrong_sizes(self) -> Iterator[Issue]:
+        """The files that are not there, or are longer or shorter than they were."""
+        for record in self.files():
             try:
                 size = (self.path / record.file).stat().st_size
             except OSError as error:
@@ -349,11 +324,15 @@ class Store:
                 yield Issue(record.file, f"holds {size:,} bytes where the manifest says {record.bytes:,}")
 
 
-def content_fingerprint(store: Store) -> str:
-    """What `Store.fingerprint` has to be: a checksum of the tokenizer and of the documents of each split in order."""
+def content_fingerprint(store: Store, digests: Mapping[str, np.ndarray] | None = None) -> str:
+    """What `Store.fingerprint` has to be: a checksum of the tokenizer and of the documents of each split in order.
+    `digests`: those of the documents of each split, where they are known."""
     digest = xxhash.xxh3_128(store.manifest["tokenizer"]["fingerprint"].encode())
     for split in SPLITS:
         digest.update(f"\n{split} {store.num_documents(split)} {store.num_tokens(split)}\n".encode())
+        if digests is not None:
+            digest.update(np.ascontiguousarray(digests[split], dtype="<u8").data)
+            continue
         for table in store.tables(split, ["digest"]):
             digest.update(np.ascontiguousarray(table["digest"].to_numpy(), dtype="<u8").data)
     return digest.hexdigest()
@@ -376,27 +355,45 @@ def _read_segments(
     if manifest["segments"] is None:
         return {split: whole_chunks(chunks[split]) for split in SPLITS}
     record = FileRecord(**manifest["segments"])
+    content = read_checked(path, record)
     try:
-        content = (path / record.file).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {str(path / record.file)!r}: {error.strerror}; restore it") from None
-    if xxhash.xxh3_128_hexdigest(content) != record.xxh3:
-        raise DataError(f"{str(path / record.file)!r} does not match its checksum in the manifest; restore it")
-    table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-    segments = {}
-    for split in SPLITS:
-        own = table.filter(pc.equal(table["split"], split))
-        segments[split] = np.empty(len(own), dtype=SEGMENT_TYPE)
-        for name in SEGMENT_TYPE.names or ():
-            segments[split][name] = own[name].to_numpy()
+        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+        segments = {}
+        for split in SPLITS:
+            own = table.filter(pc.equal(table["split"], split))
+            segments[split] = np.empty(len(own), dtype=SEGMENT_TYPE)
+            for name in SEGMENT_TYPE.names or ():
+                segments[split][name] = own[name].to_numpy()
+            _check_segments(segments[split], chunks[split])
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        what = " ".join(str(error).split())
+        raise DataError(f"{str(path / record.file)!r} cannot be used ({what}); prepare the dataset again") from None
     return segments
 
 
+def _check_segments(segments: np.ndarray, chunks: Sequence[ChunkRecord]) -> None:
+    """Raise a ValueError if a segment lies outside of its chunk, so that no reader has to look again."""
+    least = {"chunk": 0, "first_document": 0, "documents": 1, "first_token": 0, "tokens": 1}
+    if any(np.any(segments[name] < value) for name, value in least.items()):
+        raise ValueError("a segment is empty or begins before its chunk")
+    if np.any(segments["chunk"] >= len(chunks)):
+        raise ValueError("a segment is of a chunk that is not there")
+    held = np.array([(chunk.documents, chunk.tokens) for chunk in chunks], dtype=np.int64).reshape(-1, 2)
+    for column, (first, count) in enumerate((("first_document", "documents"), ("first_token", "tokens"))):
+        if np.any(segments[count] > held[segments["chunk"], column] - segments[first]):
+            raise ValueError("a segment ends after its chunk")
+
+
 @functools.lru_cache(maxsize=INDEXES_IN_MEMORY)
-def _read_index(path: str, checksum: str) -> pa.Table:
-    table = pq.ParquetFile(path).read(use_threads=False)  # a third of the time that `pq.read_table` takes
+def _read_index(path: Path, record: FileRecord) -> pa.Table:
+    content = read_checked(path, record)
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)  # a third of the time of `read_table`
+    except (pa.ArrowException, OSError) as error:
+        what = " ".join(str(error).split())
+        raise DataError(f"{str(path / record.file)!r} cannot be used ({what}); prepare the dataset again") from None
     if not table.schema.equals(INDEX_SCHEMA):
-        raise DataError(f"{path!r} has other columns than an index of documents; restore it or prepare again")
+        raise DataError(f"{str(path / record.file)!r} has other columns than an index; prepare the dataset again")
     return table
 
 
@@ -446,7 +443,7 @@ def _find_manifest(path: Path, number: int | None, checksum: str | None) -> dict
             if found["checksum"] == checksum:
                 return found
         raise DataError(f"dataset {str(path)!r} has no version with the checksum {checksum[:12]}...")
-    if number is None or number == manifest["version"]:
+    if number is None or number == manifest.get("version"):
         return manifest
     there = version_numbers(path)
     if number not in there:

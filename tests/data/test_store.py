@@ -262,17 +262,17 @@ def write_wrong(path: Path, content: list[list[int]], changes: dict[str, int]) -
 
 
 @pytest.mark.parametrize(
-    ("content", "changes", "words"),
+    ("content", "changes", "where", "words"),
     [
-        ([[5]], {"documents": 7}, "its index lists 1 documents where the manifest says 7"),
-        ([[5]], {"text_bytes": 99}, "text bytes of its index do not add up"),
-        ([[5, 300]], {}, "token 300 is outside the vocabulary of 300 ids"),
-        ([[5, 299, 6]], {}, "does not stand exactly at the end of each document"),
+        ([[5]], {"documents": 7}, "versions/00001/manifest.json", "lists 1 documents where the manifest says 7"),
+        ([[5]], {"text_bytes": 99}, "versions/00001/manifest.json", "text bytes of chunks/train-00001-00000.documents"),
+        ([[5, 300]], {}, "chunks/train-00001-00000.tokens", "token 300 is outside the vocabulary of 300 ids"),
+        ([[5, 299, 6]], {}, "chunks/train-00001-00000.tokens", "does not stand exactly at the end of each document"),
     ],
 )
-def test_tokens_index_and_manifest_must_agree(tmp_path, content, changes, words):
+def test_tokens_index_and_manifest_must_agree(tmp_path, content, changes, where, words):
     [issue] = write_wrong(tmp_path / "data", content, changes).check()
-    assert issue.where == "chunks/train-00001-00000.tokens" and words in issue.what
+    assert issue.where == where and words in issue.what
 
 
 def test_a_place_that_is_no_dataset_gets_the_remedy(tmp_path):

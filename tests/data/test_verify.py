@@ -130,7 +130,7 @@ def test_chunks_that_contradict_their_index_are_issues(tmp_path):
     whats = {Path(issue.where).name: issue.what for issue in verify(path).issues}
     assert "exactly at the end of each document" in whats["train-00001-00000.tokens"]
     assert "token 300 is outside the vocabulary of 300 ids" in whats["train-00001-00001.tokens"]
-    assert "its index lists 1 documents where the manifest says 4" in whats["train-00001-00002.tokens"]
+    assert "train-00001-00002.documents.parquet lists 1 documents where the manifest says 4" in whats[MANIFEST]
 
 
 def test_tokens_that_no_text_gives_are_issues(tmp_path):
