@@ -170,7 +170,7 @@ def _batches(place: Path, parts: Sequence[Part]) -> Iterator[tuple[list[Document
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The tokens of each document with the closing `<|endoftext|>`."""
     end = np.uint32(tokenizer.eot_id)
-    for tokens in [tokenizer.encode_array(document.text) for document in documents]:
+    for tokens in tokenizer.encode_arrays([document.text for document in documents]):
         yield np.append(tokens, end)
 
 

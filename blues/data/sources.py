@@ -10,20 +10,20 @@ line ends, Parquet at row groups, text at empty lines. Compressed files stay who
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from blues.config import nearest
+from blues.data.chunks import file_checksum
 from blues.data.manifest import is_dataset
 from blues.data.readers import (
     COMPRESSIONS,
@@ -66,27 +66,51 @@ WHOLE = 1 << 62
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A file of a source: its name, a token that is equal only for equal content, its size in bytes."""
+
+    file: str
+    content: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be read. `root`: the folder that the parts' files are relative to; `name`: what the source is called;
-    `rejected`: tables of a walked folder that cannot be read; `ignored`: its other files that are not read, by suffix
-    or reason; `content`: checksum of all files."""
+    `files`: in the order of their names; `rejected`: tables of a walked folder that cannot be read; `ignored`: its
+    other files that are not read, by suffix or reason."""
 
     root: Path
     name: str
+    files: tuple[SourceFile, ...]
     parts: tuple[Part, ...]
     rejected: tuple[Rejected, ...]
     ignored: dict[str, int]
-    content: str
-
-    @property
-    def files(self) -> int:
-        """Files that are read."""
-        return len({part.file for part in self.parts})
 
     @property
     def bytes(self) -> int:
-        """Their size on disk."""
-        return sum({part.file: part.size for part in self.parts}.values())
+        """Size of all files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What a manifest says of the source."""
+        digest = xxhash.xxh3_128()
+        for file in self.files:
+            digest.update(f"{file.file}\0{file.content}\0".encode("utf-8", "surrogateescape"))
+        return {
+            "kind": "files",
+            "name": self.name,
+            "files": len(self.files),
+            "bytes": self.bytes,
+            "ignored": self.ignored,
+            "xxh3": digest.hexdigest(),
+        }
+
+    def only(self, files: Collection[str]) -> Plan:
+        """The same with the parts of these files alone."""
+        wanted = frozenset(files)
+        return replace(self, parts=tuple(part for part in self.parts if part.file in wanted))
 
     def tasks(self) -> list[tuple[Part, ...]]:
         """The parts in groups of about PART_BYTES, in order: what one process reads and writes at a time."""
@@ -131,7 +155,7 @@ def plan(
         raise DataError(f"there is no file or folder {str(path)!r}; check the path")
     parts: list[Part] = []
     rejected: list[Rejected] = []
-    digest = xxhash.xxh3_128()
+    listed: list[SourceFile] = []
     for file in files:
         try:
             try:
@@ -143,8 +167,7 @@ def plan(
                 found = []  # one table of a folder does not stop the rest
                 detail = str(error).replace(repr(str(root / file)), "it")  # a dataset names no folder of this machine
                 rejected.append(Rejected(file, None, "table that cannot be read", detail))
-            digest.update(f"{os.fspath(file)}\0".encode("utf-8", "surrogateescape"))
-            _hash_file(root / file, digest)
+            listed.append(SourceFile(file, f"xxh3:{file_checksum(root / file)}", (root / file).stat().st_size))
         except OSError as error:
             raise DataError(f"cannot read {str(root / file)!r}: {error.strerror or error}") from None
         parts += found
@@ -160,10 +183,10 @@ def plan(
     return Plan(
         root=root,
         name=path.resolve().name,
+        files=tuple(listed),
         parts=tuple(parts),
         rejected=tuple(rejected),
         ignored=dict(sorted((+ignored).items())),
-        content=digest.hexdigest(),
     )
 
 
@@ -375,9 +398,3 @@ def _cut_text(path: Path, whole: Part) -> Iterator[Part]:
 
 def _piece(whole: Part, start: int, stop: int, row: int) -> Part:
     return replace(whole, start=start, stop=stop, row=row, bytes=stop - start)
-
-
-def _hash_file(path: Path, digest: xxhash.xxh3_128) -> None:
-    with open(path, "rb") as file:
-        for block in itertools.takewhile(bool, iter(lambda: file.read(1 << 22), None)):
-            digest.update(block)

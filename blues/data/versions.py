@@ -51,7 +51,7 @@ class Draft:
     """A version that is to be written.
 
     operation: what made it, such as `{"kind": "prepare"}`. settings: of preparing. sources: one description for each
-    source that was prepared or appended. files: of FILES_SCHEMA. rejected: rows by reason; quarantine: the lines of them.
+    source that was prepared or appended. files: of FILES_SCHEMA. rejected: rows by reason; quarantine: their lines.
     segments: None for all chunks in order. parent: checksum of the version it was made from. code: the version of
     Blues. attachments: further files of this version by name.
     """

@@ -20,14 +20,17 @@ from filelock import FileLock
 import blues
 from blues.cluster import prepare as preparing
 from blues.cluster import session
-from blues.cluster.prepare import Prepared, count_bytes, prepare
+from blues.cluster.pool import map_tasks
+from blues.cluster.prepare import count_bytes
+from blues.data import build as building
 from blues.data import sources
 from blues.data import store as st
+from blues.data.build import Progress
 from blues.data.chunks import CHUNKS
 from blues.data.manifest import MANIFEST, partial_directory
 from blues.data.merge import merge
 from blues.data.readers import Document, Rejected, read_part
-from blues.data.shards import TASKS, Recipe, Split, TaskResult, place_of, result_file, run_task
+from blues.data.shards import TASKS, Split, TaskResult, place_of, result_file, run_task
 from blues.data.sources import Plan
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
@@ -81,21 +84,18 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(sources, "PART_BYTES", PART_BYTES)
 
 
-def in_this_process(work: preparing._Work, num_workers: int | None, address: str | None) -> None:
-    """`_Work.run` without Ray: who does the tasks changes nothing, as the tests with Ray show."""
-    work.report(work.state())
-    for number in range(len(work.tasks)):
-        if number not in work.results:
-            tokenizer = work.tokenizer.build()
-            work.results[number] = run_task(
-                work.partial, number, work.plan.root, work.tasks[number], tokenizer, Recipe(work.split)
-            )
-            work.report(work.state())
+def in_this_process(*arguments, **options):
+    """`map_tasks` without Ray: who does the tasks changes nothing, as the tests with Ray show."""
+    return map_tasks(*arguments, **options | {"here": True})
 
 
 @pytest.fixture
 def serial(monkeypatch):
-    monkeypatch.setattr(preparing._Work, "run", in_this_process)
+    monkeypatch.setattr(preparing, "map_tasks", in_this_process)
+
+
+def prepare(*arguments, **options) -> st.Store:
+    return preparing.prepare(*arguments, **options).store
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def expected(raw, tmp_path_factory) -> Path:
     """The dataset of `raw`, made by one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "PART_BYTES", PART_BYTES)
-        patch.setattr(preparing._Work, "run", in_this_process)
+        patch.setattr(preparing, "map_tasks", in_this_process)
         return prepare(sources.plan(raw), tmp_path_factory.mktemp("expected") / "data", TOKENIZER).path
 
 
@@ -118,7 +118,7 @@ class Interrupt(Exception):
 
 
 def interrupted_after(tasks: int):
-    def report(state: Prepared) -> None:
+    def report(state: Progress) -> None:
         if state.tasks_done >= tasks:
             raise Interrupt
 
@@ -131,7 +131,7 @@ def interrupted_after(tasks: int):
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_writes_the_same_bytes(ray_session, raw, expected, tmp_path, workers):
-    states: list[Prepared] = []
+    states: list[Progress] = []
     store = prepare(sources.plan(raw), tmp_path / "data", TOKENIZER, num_workers=workers, report=states.append)
     assert snapshot(store.path) == snapshot(expected)
     assert [path.name for path in tmp_path.iterdir()] == ["data"], "nothing else is left beside it"
@@ -158,9 +158,9 @@ def test_an_interrupted_run_is_finished_by_the_same_command_and_no_task_is_redon
         if TaskResult.read(partial, number) is not None
     }
     assert len(done) >= 3
-    seen: list[tuple[Prepared, dict[int, int]]] = []
+    seen: list[tuple[Progress, dict[int, int]]] = []
 
-    def watch(state: Prepared) -> None:
+    def watch(state: Progress) -> None:
         seen.append((state, {number: result_file(partial, number).stat().st_mtime_ns for number in done}))
 
     prepare(plan, output, TOKENIZER, num_workers=2, report=watch)
@@ -196,7 +196,7 @@ def test_a_killed_command_is_finished_by_another(ray_session, raw, expected, tmp
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
     assert not output.exists()
-    states: list[Prepared] = []
+    states: list[Progress] = []
     prepare(sources.plan(raw), output, TOKENIZER, report=states.append)
     assert states[0].resumed >= 3
     assert snapshot(output) == snapshot(expected)
@@ -329,11 +329,11 @@ def test_documents_of_one_id_stay_together_also_where_a_split_is_filled(serial, 
         moved.append(arguments[1])
         return run_task(*arguments)
 
-    monkeypatch.setattr(preparing, "run_task", interrupted)
+    monkeypatch.setattr(building, "run_task", interrupted)
     try:
         prepare(plan, tmp_path / "again", TOKENIZER, validation_fraction=fraction)
     except Interrupt:
-        monkeypatch.setattr(preparing, "run_task", run_task)
+        monkeypatch.setattr(building, "run_task", run_task)
         prepare(plan, tmp_path / "again", TOKENIZER, validation_fraction=fraction)
     assert snapshot(tmp_path / "again") == snapshot(tmp_path / "data")
 
@@ -349,7 +349,7 @@ def test_the_rate_counts_what_this_run_did(serial, tmp_path, monkeypatch):
     plan = write_rows(tmp_path / "a.csv", 60)
     with pytest.raises(Interrupt):
         prepare(plan, tmp_path / "data", TOKENIZER, report=interrupted_after(4))
-    states: list[Prepared] = []
+    states: list[Progress] = []
     prepare(plan, tmp_path / "data", TOKENIZER, report=states.append)
     assert states[0].resumed >= 4 and states[0].bytes_resumed == states[0].bytes_done > 0 and states[0].rate == 0
     assert states[-1].bytes_done == states[-1].bytes
@@ -374,10 +374,10 @@ def test_the_same_command_again_does_nothing(serial, tmp_path):
 @pytest.mark.parametrize(
     ("change", "differing"),
     [
-        ({"tokenizer": Tokenizer.Config(vocab_size=400)}, "tokenizer"),
-        ({"validation_fraction": 0.5}, "settings"),
-        ({"rows": 31}, "source"),
-        ({"word": "raw"}, "source"),
+        ({"tokenizer": Tokenizer.Config(vocab_size=400)}, "prepared with another tokenizer; .*--overwrite"),
+        ({"validation_fraction": 0.5}, "prepared with another validation_fraction; .*--overwrite"),
+        ({"rows": 31}, "already holds another dataset: 'a.csv' .*--update .*--append .*--overwrite"),
+        ({"word": "raw"}, "already holds another dataset: 'a.csv' .*--update .*--append .*--overwrite"),
     ],
 )
 def test_another_dataset_is_refused_and_overwrite_replaces_it(serial, tmp_path, change, differing):
@@ -386,11 +386,11 @@ def test_another_dataset_is_refused_and_overwrite_replaces_it(serial, tmp_path, 
     before = snapshot(tmp_path / "data")
     rows, word = arguments.pop("rows", 30), arguments.pop("word", "row")
     plan = write_rows(tmp_path / "a.csv", rows, word)
-    with pytest.raises(DataError, match=rf"already holds another dataset \(other {differing}\); .*--overwrite"):
+    with pytest.raises(DataError, match=differing):
         prepare(plan, tmp_path / "data", **arguments)
     assert snapshot(tmp_path / "data") == before
 
-    def old_is_whole(state: Prepared) -> None:
+    def old_is_whole(state: Progress) -> None:
         assert snapshot(tmp_path / "data") == before
 
     prepare(plan, tmp_path / "data", **arguments, overwrite=True, report=old_is_whole)
@@ -432,7 +432,7 @@ def test_an_output_that_holds_something_else_is_never_touched(serial, tmp_path):
 def test_an_interrupted_run_of_another_request_is_started_anew(serial, tmp_path):
     with pytest.raises(Interrupt):
         prepare(write_rows(tmp_path / "a.csv", 300), tmp_path / "data", TOKENIZER, report=interrupted_after(2))
-    states: list[Prepared] = []
+    states: list[Progress] = []
     other = write_rows(tmp_path / "b.csv", 300, "other")
     store = prepare(other, tmp_path / "data", TOKENIZER, report=states.append)
     assert states[0].resumed == 0
@@ -447,14 +447,14 @@ def test_a_task_whose_files_were_damaged_is_done_again_and_half_written_files_go
     first.unlink()
     second.write_bytes(second.read_bytes()[:-4])
     (partial / CHUNKS / ".train-00001-00007.tokens.4711.tmp").write_bytes(b"of a worker that was killed")
-    states: list[Prepared] = []
+    states: list[Progress] = []
     prepare(sources.plan(raw), tmp_path / "data", TOKENIZER, report=states.append)
     assert states[0].resumed == 2 and snapshot(tmp_path / "data") == snapshot(expected)
 
 
 def test_two_processes_do_not_make_one_dataset(serial, tmp_path):
     plan = write_rows(tmp_path / "a.csv", 3)
-    refusal = pytest.raises(DataError, match=r"another process is preparing .*data'; wait for it, or choose another")
+    refusal = pytest.raises(DataError, match=r"another process is writing at .*data'; wait for it, or choose another")
     with FileLock(partial_directory(tmp_path / "data").with_suffix(".lock")), refusal:
         prepare(plan, tmp_path / "data", TOKENIZER)
     assert prepare(plan, tmp_path / "data", TOKENIZER).manifest["documents"] == 3

@@ -45,7 +45,7 @@ def test_prepare_verify_and_again(ray_session, notes, tmp_path, capsys):
     assert run(notes, output, *words) == 0
     out, err = capsys.readouterr()
     assert f"{output}: 40 documents from 1 files" in out
-    assert f"2 rows: 1 empty, 1 wrong number of fields; see {output}/quarantine.jsonl" in out
+    assert f"2 rows: 1 empty, 1 wrong number of fields; see {output}/versions/00001/quarantine.jsonl" in out
     assert "40 documents" in err, "the last line of progress"
     store = Store.open(output)
     assert store.tokenizer.vocab_size == 300
@@ -53,7 +53,7 @@ def test_prepare_verify_and_again(ray_session, notes, tmp_path, capsys):
     assert {document.id for document in documents} == {str(number) for number in range(40)}
     texts = {store.tokenizer.build().decode(document.tokens[:-1]) for document in documents}
     assert texts == {f"body {number}" for number in range(40)}
-    lines = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in store.quarantine().read_text().splitlines()]
     assert [(line["row"], line["reason"]) for line in lines] == [(41, "wrong number of fields"), (42, "empty")]
 
     assert main(["verify", str(output)]) == 0
