@@ -69,12 +69,13 @@ class Meter:
             read = make()
             opened = time.perf_counter()
             read()
-            first = time.perf_counter()
+            first, cpu = time.perf_counter(), time.process_time()
             for _ in range(batches):
                 read()
-            ended = time.perf_counter()
+            seconds, cpu_s = time.perf_counter() - first, time.process_time() - cpu
         return {
-            "MB/s": batches * batch_bytes / MB / (ended - first),
+            "MB/s": batches * batch_bytes / MB / seconds,
+            "MB/s a core": batches * batch_bytes / MB / cpu_s,
             "open ms": 1e3 * (opened - began),
             "first batch ms": 1e3 * (first - began),
             "growth MB": spent.growth_mb,

@@ -30,7 +30,8 @@ def measured(meter, number):
 def touch(size: int) -> None:
     """Have so much memory for a moment; from the system itself, for Python's own is not given back at once."""
     with mmap.mmap(-1, size) as block:
-        block.write(bytes(4096) * (size // 4096))
+        for page in range(0, size, mmap.PAGESIZE):
+            block[page] = 1
 
 
 def test_the_peak_within_the_block_is_counted_and_not_the_one_before():

@@ -1,7 +1,7 @@
-"""The data platform measured: preparing, loading, verifying, beside the projects that people use for it today.
+"""The data platform measured, from preparing to updating, beside the projects that people use for it today.
 
 In: options. Out: a record, see `tuning.benchmarks.record`. Each module named like a group says what is measured and of
-whom; `ours`, `tokenizers` and `peers` hold what runs in the processes of their own.
+whom; `ours`, `tokenizers`, `duplicates` and `peers` hold what runs in processes of their own.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Callable
 from blues.config import nearest
 from blues.errors import BluesError, ConfigError
 from tuning.benchmarks.bench import Bench, installed
-from tuning.benchmarks.data import loader, prepare, verify
+from tuning.benchmarks.data import dedup, incremental, loader, prepare, verify
 from tuning.benchmarks.data.setting import Options, Setting
 
-GROUPS: dict[str, Callable[[Setting], None]] = {module.GROUP: module.measure for module in (prepare, loader, verify)}
+MODULES = (prepare, loader, verify, dedup, incremental)
+GROUPS: dict[str, Callable[[Setting], None]] = {module.GROUP: module.measure for module in MODULES}
 
 
 def measure(bench: Bench, options: Options, only: str | None = None, *, keep: bool = False) -> None:

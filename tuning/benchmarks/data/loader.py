@@ -10,7 +10,7 @@ from tuning.benchmarks.bench import Call, Probe
 from tuning.benchmarks.data.setting import Setting, cool, files_below, warm
 
 GROUP = "loader"
-METRICS = ("MB/s", "open ms", "first batch ms", "growth MB", "of it files MB")
+METRICS = ("MB/s", "MB/s a core", "open ms", "first batch ms", "growth MB", "of it files MB")
 COLD_SHARE = 10
 """Of the windows, one in so many is read when the files are not in memory: a disk seeks slowly."""
 MDS, LITDATA = "mosaicml-streaming", "litdata"

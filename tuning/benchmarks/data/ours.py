@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from blues.cli import run_job
 from blues.data.batches import Mixture
 from blues.data.chunks import TOKEN_TYPE, ChunkWriter, file_checksum
 from blues.data.store import SPLITS, Store
@@ -37,6 +39,25 @@ def blues(words: Sequence[str]) -> None:
     status = subprocess.run([sys.executable, "-m", "blues.cli", *words]).returncode
     if status:
         sys.exit(status)
+
+
+def command(meter: type[Meter], words: list[str]) -> dict:
+    """The whole command, with the start of Python."""
+    with meter() as spent:
+        blues(words)
+    return {"s": spent.seconds}
+
+
+def inside(meter: type[Meter], words: list[str]) -> dict:
+    """The command in this process, with what it imports imported before."""
+    import_module(f"jobs.{words[0]}")
+    import_module("blues.cluster.prepare")
+    import_module("ray.data")
+    with meter() as spent:
+        status = run_job(words[0], words[1:])
+    if status:
+        sys.exit(status)
+    return {"s": spent.seconds, "cpu s": spent.cpu_s}
 
 
 def prepare(meter: type[Meter], corpus: str, size: int, output: str, workers: int, options: list[str]) -> dict:

@@ -108,6 +108,36 @@ def _taker(dataset: Any, order: str, batch: int, seed: int) -> Callable[[], list
     return lambda: [dataset[number] for number in rng.integers(len(dataset), size=batch).tolist()]
 
 
+def find_copies(
+    meter: type[Meter], folder: str, size: int, pairs: str, ngram: int, permutations: int, threshold: float
+) -> dict:
+    """Near duplicates by datasketch's MinHash and MinHashLSH: candidates for every document, not verified.
+
+    recall: share of the pairs that are proposed. Its own hashing of shingles is part of the work, as it is of ours.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    content, ends = np.load(Path(folder, "tokens.npy")).tobytes(), np.load(Path(folder, "ends.npy")).tolist()
+    starts = [0, *ends[:-1]]
+    with meter() as spent:
+        shingles = (_shingles(content, a, b - 1, ngram) for a, b in zip(starts, ends, strict=True))
+        signatures = MinHash.bulk(shingles, num_perm=permutations)
+        index = MinHashLSH(threshold=threshold, num_perm=permutations)
+        with index.insertion_session() as session:
+            for number, signature in enumerate(signatures):
+                session.insert(number, signature)
+        proposed = [set(index.query(signature)) for signature in signatures]
+    similar = np.load(pairs).tolist()
+    found = sum(other in proposed[one] for one, other in similar)
+    return {"MB/s a core": size / MB / spent.cpu_s, "s": spent.seconds, "recall %": 100 * found / len(similar)}
+
+
+def _shingles(content: bytes, start: int, stop: int, ngram: int) -> list[bytes]:
+    """The runs of `ngram` tokens of tokens [start, stop), or all of them where there are fewer."""
+    last = max(start, stop - ngram)
+    return [content[TOKEN_BYTES * a : TOKEN_BYTES * min(a + ngram, stop)] for a in range(start, last + 1)]
+
+
 def map_datasets(
     meter: type[Meter], corpus: str, size: int, output: str, vocabulary: str, pattern: str, workers: int
 ) -> dict:

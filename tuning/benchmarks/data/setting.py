@@ -26,8 +26,12 @@ DATA = "data"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a person chooses. corpus: folders of Python source (empty: what this Python has installed). store_gb: size
-    of the dataset that is read. windows: how many each loader delivers in a run. workers: processes that prepare."""
+    """What a person chooses.
+
+    corpus: folders of Python source (empty: what this Python has installed); corpus_mb: so much of it. store_gb: size
+    of the dataset that is read. windows: how many a loader delivers in a run. workers: processes that prepare.
+    documents: drawn for the search for copies. edited: share of a repository's files that an update reads again.
+    """
 
     corpus: tuple[str, ...] = ()
     corpus_mb: float | None = None
@@ -37,6 +41,8 @@ class Options:
     window_tokens: int = 2049
     batch: int = 32
     workers: int = 2
+    documents: int = 4000
+    edited: float = 0.01
     seed: int = 0
     peer_python: str = sys.executable
 
@@ -82,6 +88,15 @@ class Setting:
             self.bench.say(
                 f"store: {made['tokens']:,} random tokens in {made['chunks']} chunks, {made['MB/s']:.0f} MB/s"
             )
+        return str(path)
+
+    @functools.cached_property
+    def prepared(self) -> str:
+        """The corpus as a dataset."""
+        path = self.folder / "corpus-prepared"
+        if not (path / "manifest.json").exists():
+            words = ["prepare", "--input-dir", self.corpus.path, "--data-cache-dir", str(path)]
+            self.bench.call(self.ours("ours", "command", {"words": words}))
         return str(path)
 
     @functools.cached_property

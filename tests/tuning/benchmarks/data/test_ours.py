@@ -7,11 +7,9 @@ import pytest
 
 from blues.data.store import Store
 from blues.data.tokenizer import Tokenizer
+from tests.tuning.benchmarks.data.test_peers import FIGURES, READING
 from tuning.benchmarks.data import ours, tokenizers
 from tuning.benchmarks.worker import Meter
-
-READING = {"windows": 8, "length": 33, "batch": 4, "seed": 1}
-FIGURES = {"MB/s", "open ms", "first batch ms", "growth MB", "of it files MB"}
 
 
 @pytest.fixture(scope="module")

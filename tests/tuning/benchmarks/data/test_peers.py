@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tuning.benchmarks.data.test_ours import FIGURES, READING
 from tuning.benchmarks.data import peers
 from tuning.benchmarks.worker import Meter
+
+READING = {"windows": 8, "length": 33, "batch": 4, "seed": 1}
+FIGURES = {"MB/s", "MB/s a core", "open ms", "first batch ms", "growth MB", "of it files MB"}
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 9))
@@ -38,7 +41,27 @@ def test_peers_give_the_same_figures_as_ours(tmp_path, package, write, read, ord
     assert set(read(Meter, str(tmp_path / "out"), order, **READING)) == FIGURES
 
 
-def test_nothing_of_blues_is_imported_where_the_peers_run():
-    peers_modules = {name for name in vars(peers) if hasattr(vars(peers)[name], "__path__")}
-    assert not any(name.startswith(("blues", "tuning")) for name in peers_modules)
-    assert "TYPE_CHECKING" in vars(peers) and sys.modules[peers.__name__] is peers
+@given(st.integers(0, 12), st.integers(1, 5))
+def test_shingles_are_the_runs_of_a_document(length, ngram):
+    tokens = np.arange(100, 100 + length, dtype="<u4")
+    content = np.concatenate([np.zeros(3, "<u4"), tokens, np.zeros(3, "<u4")]).astype("<u4").tobytes()
+    runs = [tokens[start : start + ngram].tobytes() for start in range(max(1, length - ngram + 1))]
+    assert peers._shingles(content, 3, 3 + length, ngram) == runs
+
+
+def test_datasketch_proposes_the_copies(tmp_path):
+    pytest.importorskip("datasketch")
+    documents = [np.random.default_rng(seed).integers(0, 9_000, 300, dtype=np.uint32) for seed in (0, 1, 0)]
+    np.save(tmp_path / "tokens.npy", np.concatenate(documents))
+    np.save(tmp_path / "ends.npy", np.array([300, 600, 900]))
+    np.save(tmp_path / "pairs.npy", np.array([[0, 2]]))
+    settings = {"ngram": 5, "permutations": 128, "threshold": 0.7}
+    figures = peers.find_copies(Meter, str(tmp_path), 3600, str(tmp_path / "pairs.npy"), **settings)
+    assert figures["recall %"] == 100 and figures["MB/s a core"] > 0
+
+
+def test_nothing_of_blues_is_needed_where_the_peers_run():
+    code = f"from tuning.benchmarks.worker import load_function; load_function({peers.__file__!r}, 'read_mds')"
+    code += "; import sys; print(*(name for name in sys.modules if name.startswith(('blues', 'tuning.benchmarks.'))))"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert loaded == ["tuning.benchmarks.worker"]

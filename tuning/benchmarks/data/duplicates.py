@@ -1,0 +1,107 @@
+"""What is measured of removing near duplicates. Every function runs in a process of its own.
+
+In: `meter`, a store and files of arrays. Out: figures by name. The documents are real ones of a prepared corpus; to
+know what should be found, copies are added with tokens changed at random, so that all similarities occur.
+
+Shapes: T tokens of all documents end to end (each with its `<|endoftext|>`), D documents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.compute as pc
+from scipy import sparse
+
+from blues.cluster.dedup import Request, dedup
+from blues.data.chunks import ChunkWriter
+from blues.data.minhash import Settings, shingle_set
+from blues.data.store import Store
+from blues.data.versions import Draft, write_version
+
+if TYPE_CHECKING:
+    from tuning.benchmarks.worker import Meter
+
+MB = 1e6
+SETTINGS = Settings()
+"""The defaults of `blues dedup`; the peer gets the same."""
+SIMILARITY = 0.8
+"""What must be found."""
+MOST_CHANGED = 0.06
+"""Of the tokens of a copy, at most: a Jaccard index of 5-grams of about 0.58 (0.023 gives 0.8)."""
+
+
+def write_copies(meter: type[Meter], prepared: str, output: str, documents: int, copies: float, seed: int) -> dict:
+    """A dataset of documents drawn from another, and of copies of a share of them; `tokens.npy` and `ends.npy` beside
+    it hold the same for those who do not read datasets of Blues."""
+    source, path, rng = Store.open(prepared), Path(output), np.random.default_rng(seed)
+    total = source.num_documents("train")
+    drawn = np.sort(rng.permutation(total)[:documents]).tolist()
+    chosen = set(drawn)
+    made: list[tuple[np.ndarray, int]] = []
+    for number, document in enumerate(source.documents("train")):
+        if number not in chosen:
+            continue
+        made.append((document.tokens, document.text_bytes))
+        if rng.random() < copies and len(document.tokens) > 1:
+            made.append((_changed(document.tokens, rng), document.text_bytes))
+    made = [made[place] for place in rng.permutation(len(made))]
+    writer = ChunkWriter(path, "train", 0)
+    for number, (tokens, text_bytes) in enumerate(made):
+        writer.add(tokens, id=str(number), source="copies", text_bytes=text_bytes, metadata={})
+    draft = Draft(tokenizer=source.tokenizer, operation={"kind": "benchmark"}, chunks={"train": [writer.close()]})
+    write_version(path, 1, draft)
+    np.save(path / "tokens.npy", np.concatenate([tokens for tokens, _ in made]))
+    np.save(path / "ends.npy", np.cumsum([len(tokens) for tokens, _ in made]))
+    return {"documents": len(made), "bytes": sum(text_bytes for _, text_bytes in made)}
+
+
+def _changed(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy in which some tokens are others of the same document; the last one, `<|endoftext|>`, stays."""
+    copy = tokens.copy()
+    places = np.flatnonzero(rng.random(len(copy) - 1) < rng.uniform(0, MOST_CHANGED))
+    copy[places] = rng.choice(tokens[:-1], size=len(places))
+    return copy
+
+
+def brute_force(meter: type[Meter], folder: str, output: str) -> dict:
+    """All pairs of documents with a Jaccard index of at least SIMILARITY, as int64[pairs, 2] in a file: one product of
+    the matrix documents x shingles with its transpose."""
+    tokens_T, ends_D = np.load(Path(folder, "tokens.npy")), np.load(Path(folder, "ends.npy"))
+    starts = np.concatenate(([0], ends_D[:-1])).tolist()
+    with meter() as spent:
+        sets = [shingle_set(tokens_T[a : b - 1], SETTINGS.ngram) for a, b in zip(starts, ends_D.tolist(), strict=True)]
+        sizes = np.array([len(shingles) for shingles in sets], dtype=np.int64)
+        shingles, columns = np.unique(np.concatenate(sets), return_inverse=True)
+        rows = np.concatenate(([0], np.cumsum(sizes)))
+        has = sparse.csr_array((np.ones(len(columns), dtype=np.int32), columns, rows), shape=(len(sets), len(shingles)))
+        common = sparse.triu(has @ has.T, k=1).tocoo()
+        index = common.data / (sizes[common.row] + sizes[common.col] - common.data)
+        pairs = np.stack((common.row, common.col), axis=1)[index >= SIMILARITY].astype(np.int64)
+    np.save(output, pairs)
+    return {"s": spent.seconds, "pairs": len(pairs)}
+
+
+def remove(meter: type[Meter], store: str, size: int, pairs: str | None = None) -> dict:
+    """`blues dedup` with its default settings, in this process, up to the writing of the new version.
+
+    Args:
+        size: bytes of text. pairs: file of the pairs that brute force found.
+
+    Returns recall as well where the pairs are known: the share of them that ended in one group. And `strangers`: near
+    copies that are removed though no pair of brute force has them.
+    """
+    with meter() as spent:
+        found = dedup([store], Request(SETTINGS), dry_run=True)
+    figures = {"MB/s a core": size / MB / spent.cpu_s, "s": spent.seconds, "growth MB": spent.growth_mb}
+    if pairs is None or found.summary is None:
+        return figures
+    similar, removed = np.load(pairs), found.summary.removed
+    roots = np.arange(found.before[0].num_documents("train"))
+    roots[removed["document"].to_numpy()] = removed["kept_document"].to_numpy()
+    likely = removed.filter(pc.greater_equal(removed["similarity"], SIMILARITY))["document"].to_numpy()
+    strangers = int(np.count_nonzero(~np.isin(likely, similar)))
+    recall = float(np.mean(roots[similar[:, 0]] == roots[similar[:, 1]]))
+    return figures | {"recall %": 100 * recall, "strangers": strangers}
