@@ -14,10 +14,11 @@ from hypothesis import strategies as hyp
 
 from blues.data import store as st
 from blues.data.manifest import MIXTURE
-from blues.data.merge import merge, open_dataset
+from blues.data.merge import combine, merge, mixture_table, open_dataset, read_ingredients
 from blues.data.schedule import MAX_PERIOD
 from blues.data.tokenizer import Tokenizer
-from blues.errors import DataError
+from blues.data.versions import drop_documents
+from blues.errors import ConfigError, DataError
 from tests.data.datasets import make_numbered, make_store, snapshot
 
 
@@ -160,8 +161,8 @@ def test_datasets_that_cannot_be_merged_are_named(sources, tmp_path):
     assert "absent' does not exist" in refused([a, tmp_path / "absent"])
     assert "is named twice" in refused([a, b, a.parent / "b" / ".." / "a"])
     merge([a, b], tmp_path / "mix", strategy="equal")
-    nested = refused([tmp_path / "mix", sources[2]])
-    assert "mix' is itself a merged dataset; merge its sources instead" in nested and nested.endswith("/b")
+    assert "mix' is named twice" in refused([tmp_path / "mix", sources[2], tmp_path / "mix"])
+    assert "mix' is a merged dataset and has no versions; name it without @1" in refused([f"{tmp_path}/mix@1", a])
     other = make_store(tmp_path / "other", train=[["x"]], tokenizer=Tokenizer.Config(vocab_size=400))
     assert "other' has vocab_size 400 and" in refused([a, other]) and "has 300" in refused([a, other])
     empty = make_store(tmp_path / "empty", validation=[["x"]])
@@ -217,3 +218,168 @@ def test_where_one_prepared_dataset_is_needed_a_merged_one_is_told(sources, tmp_
     merge(sources[:2], tmp_path / "mix", strategy="equal")
     with pytest.raises(DataError, match="is a merged dataset, and a single prepared one is needed here"):
         st.Store.open(tmp_path / "mix")
+
+
+# Versions.
+
+
+@pytest.fixture
+def versioned(tmp_path) -> tuple[Path, Path]:
+    """Two datasets of three documents; tests make further versions of the first."""
+    return tuple(make_store(tmp_path / name, train=[["one", "two", "three"]]) for name in "ab")  # type: ignore[return-value]
+
+
+def forget_first(path: Path) -> st.Store:
+    return drop_documents(st.Store.open(path), {"train": [0]}, {"kind": "deduplicate"})
+
+
+def test_the_version_that_was_merged_stays_until_merged_again(versioned, tmp_path):
+    a, b = versioned
+    before = merge([a, b], tmp_path / "mix", strategy="equal")
+    assert before.newer_versions() == {} and "newest" not in mixture_table(before)
+    second = forget_first(a)
+    opened = open_dataset(tmp_path / "mix")
+    assert [store.version for store in opened.stores] == [1, 1] and opened.fingerprint == before.fingerprint
+    assert opened.newer_versions() == {"a": (1, 2)}
+    assert mixture_table(opened).endswith("a is of version 1, and its newest is 2; merge again to take that one")
+    with pytest.raises(DataError, match=r"another merged dataset \(of other versions of a\); .* pass --overwrite"):
+        merge([a, b], tmp_path / "mix", strategy="equal")
+    merge([f"{a}@1", b], tmp_path / "mix", strategy="equal")  # what is there already
+    after = merge([a, b], tmp_path / "mix", strategy="equal", overwrite=True)
+    assert [store.checksum for store in after.stores] == [second.checksum, opened.stores[1].checksum]
+    assert after.newer_versions() == {} and after.names == ("a", "b")
+
+
+def test_a_version_is_named_by_its_number(versioned, tmp_path):
+    a, b = versioned
+    forget_first(a)
+    older, newer = (merge([f"{a}@{n}", b], tmp_path / str(n), strategy="equal") for n in (1, 2))
+    assert older.names == newer.names == ("a", "b")
+    assert [store.num_documents("train") for store in (older.stores[0], newer.stores[0])] == [3, 2]
+    assert older.newer_versions() == {"a": (1, 2)} and newer.newer_versions() == {}
+    assert open_dataset(f"{a}@1").names == ("a",)
+    with pytest.raises(DataError, match="has no version 3; it has 1, 2"):
+        merge([f"{a}@3", b], tmp_path / "3", strategy="equal")
+    with pytest.raises(DataError, match="is named twice"):
+        merge([f"{a}@2", a], tmp_path / "3", strategy="equal")
+
+
+def test_two_versions_of_one_dataset_have_names_of_their_own_and_it_is_said(versioned, tmp_path):
+    a, b = versioned
+    forget_first(a)
+    told: list[str] = []
+    dataset = merge([f"{a}@1", b, a], tmp_path / "mix", strategy="equal", report=told.append)
+    assert dataset.names == ("a@1", "b", "a@2")
+    assert told == ["a@1 and a@2 are versions of one dataset: the documents that they share come in each"]
+
+
+# Mixtures of mixtures.
+
+
+def test_a_mixture_among_the_datasets_is_its_sources_with_the_product_of_the_weights(sources, tmp_path):
+    a, b, c = sources
+    merge([a, b], tmp_path / "inner", weights=[7, 3])
+    told: list[str] = []
+    dataset = merge([tmp_path / "inner", c], tmp_path / "mix", weights=[1, 3], report=told.append)
+    assert dataset.names == ("a", "b", "c")
+    assert dataset.weights == (Fraction(7, 40), Fraction(3, 40), Fraction(3, 4))
+    assert told == ["the sources of 'inner' take part with their weights times its share; they stay exact"]
+    direct = merge([a, b, c], tmp_path / "direct", weights=[0.175, 0.075, 0.75])
+    assert dataset.fingerprint == direct.fingerprint
+    shutil.rmtree(tmp_path / "inner")  # nothing depends on it
+    assert open_dataset(tmp_path / "mix") == dataset
+
+
+def test_a_source_that_comes_in_several_ways_is_one_source_with_the_sum(sources, tmp_path):
+    a, b, c = sources
+    merge([a, b], tmp_path / "ab", strategy="equal")
+    merge([a, c], tmp_path / "ac", strategy="equal")
+    dataset = merge([tmp_path / "ab", tmp_path / "ac", b], tmp_path / "mix", weights=[2, 1, 1])
+    assert dataset.names == ("a", "b", "c")
+    assert dataset.weights == (Fraction(3, 8), Fraction(1, 2), Fraction(1, 8))
+    assert merge([tmp_path / "ab"], tmp_path / "alone").weights == (Fraction(1, 2), Fraction(1, 2))
+
+
+def test_the_strategies_take_a_mixture_as_one_dataset(sources, tmp_path):
+    a, b, c = sources  # 121, 41 and 241 tokens
+    merge([a, b], tmp_path / "inner", weights=[3, 1])
+    equal = merge([tmp_path / "inner", c], tmp_path / "equal", strategy="equal")
+    assert equal.weights == (Fraction(3, 8), Fraction(1, 8), Fraction(1, 2))
+    proportional = merge([tmp_path / "inner", c], tmp_path / "proportional", strategy="proportional")
+    inner = Fraction(121 + 41, 121 + 41 + 241)
+    assert proportional.weights == (inner * Fraction(3, 4), inner * Fraction(1, 4), 1 - inner)
+
+
+def test_products_that_are_too_fine_are_rounded_and_it_is_said(sources, tmp_path):
+    a, b, c = sources
+    merge([a, b], tmp_path / "inner", weights=[1, 65_535])
+    told: list[str] = []
+    dataset = merge([tmp_path / "inner", c], tmp_path / "mix", weights=[1, 6], report=told.append)
+    assert sum(dataset.weights) == 1 and min(dataset.weights) > 0
+    assert told[0] == "the sources of 'inner' take part with their weights times its share"
+    assert told[1].startswith("weights rounded to parts of 65,536; the largest change")
+
+
+def test_equal_names_of_other_mixtures_are_told_apart_by_the_mixture(tmp_path):
+    x, y, z = (make_numbered(tmp_path / parent / "code", windows=3 + i, length=4) for i, parent in enumerate("xyz"))
+    other = make_numbered(tmp_path / "other", windows=9, length=4)
+    merge([x, other], tmp_path / "first", strategy="equal")
+    merge([y], tmp_path / "second")
+    dataset = merge([tmp_path / "first", tmp_path / "second", z], tmp_path / "mix", strategy="equal")
+    assert dataset.names == ("first.code", "other", "second.code", "code")
+
+
+# From a file.
+
+
+def test_a_file_names_datasets_relative_to_its_own_folder(sources, tmp_path, monkeypatch):
+    folder = tmp_path / "settings"
+    folder.mkdir()
+    for source in sources[:2]:
+        shutil.copytree(source, tmp_path / "data" / source.name)
+    block = {"datasets": {"paths": ["../data/a", "../data/b@1"], "weights": [0.7, 0.3], "merge_strategy": "weighted"}}
+    (folder / "mix.json").write_text(json.dumps(block, indent="\t"))
+    (folder / "mix.yaml").write_text(
+        "datasets:\n  paths:\n    - ../data/a\n    - ../data/b@1\n  weights: [7, 3]\nmodel: {n_layers: 4}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    for number, name in enumerate(("mix.json", "mix.yaml")):
+        found = read_ingredients(f"settings/{name}", report=told.append)
+        made = merge(found.paths, f"out{number}", weights=found.weights, strategy=found.merge_strategy)
+        assert made.weights == (Fraction(7, 10), Fraction(3, 10)) and made.names == ("a", "b")
+    assert told == ["of settings/mix.yaml only 'datasets' is read, not model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("datasets: {paths: [a], wieghts: [1]}", "unknown key 'datasets.wieghts'. Did you mean 'weights'?"),
+        ("datasets: {weights: [1]}", "missing value for 'datasets.paths'"),
+        ("datasets: {paths: a}", "datasets.paths: expected a list, got 'a'"),
+        ("datasets: {paths: [a], weights: [many]}", "datasets.weights[0]: expected a number, got 'many'"),
+        ("datasets: {paths: [a], merge_strategy: equl}", "unknown strategy 'equl'. Did you mean 'equal'?"),
+        ("datasets: [a, b]", "datasets: expected a mapping of fields"),
+        ("dataset: {paths: [a]}", "needs the key 'datasets' with paths, weights and merge_strategy (it has 'dataset')"),
+        ("- a", "needs the key 'datasets'"),
+        ("", "needs the key 'datasets'"),
+        ("datasets: {paths: [a]}\nmerge_strategy: equal", "'merge_strategy' belongs under 'datasets'"),
+        ("datasets: {paths: [a", "cannot be read: "),
+        (b"datasets: {paths: [\xff]}", "cannot be read: "),
+        (None, "cannot read configuration"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, text, words):
+    path = tmp_path / "mix.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        read_ingredients(path)
+    assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_would_be_merged_is_known_without_writing(sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    combined = combine(sources, strategy="equal")
+    assert [source.name for source in combined.sources] == ["a", "b", "c"] and combined.remarks() == []
+    assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ def test_it_writes_the_mixture_and_prints_its_sources(sources, tmp_path, capsys)
     out, err = capsys.readouterr()
     assert err == "" and f"dataset {tmp_path / 'mix'} (weighted)" in out
     rows = [line.split() for line in out.splitlines()]
-    assert ["code", "0.700", "1", "73", "17"] in rows and ["text", "0.300", "1", "19", "5"] in rows
+    assert ["code", "1", "0.700", "1", "73", "17"] in rows and ["text", "1", "0.300", "1", "19", "5"] in rows
     dataset = open_dataset(tmp_path / "mix")
     assert [float(weight) for weight in dataset.weights] == [0.7, 0.3]
 

@@ -1,0 +1,55 @@
+"""A dataset that is not whole yet: the folder it grows in beside its final name, and how it gets that name.
+
+In: a request (what is being made of what), then a folder with a written version. Out: the same folder again after an
+interruption, but never for another request; in the end the dataset under its name, in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blues import config as cfg
+from blues.data.chunks import CHUNKS, ChunkRecord
+from blues.data.manifest import encode_json
+
+REQUEST = "request.json"
+"""In a growing dataset: what is being made of what, so that only the same command goes on with it."""
+
+
+def open_growing(partial: Path, request: Mapping[str, Any]) -> None:
+    """Have the growing dataset of this request at `partial`; what grew there for another request is removed."""
+    try:
+        same = json.loads((partial / REQUEST).read_bytes()) == request
+    except (OSError, ValueError):
+        same = False
+    if same:
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    cfg.write_atomic(partial / REQUEST, encode_json(dict(request)))
+
+
+def take_name(partial: Path, output: Path, chunks: Iterable[ChunkRecord], scratch: Iterable[str]) -> None:
+    """Make the dataset at `partial`, whose version is written, the one at `output`.
+
+    What it does not need goes first: the folders `scratch`, the request, and half-written chunks of workers that were
+    killed. A dataset that is replaced stays whole until the new one takes its place.
+    """
+    whole = {record.file for chunk in chunks for record in (chunk.data, chunk.index)}
+    for path in (partial / CHUNKS).iterdir():
+        if path.relative_to(partial).as_posix() not in whole:
+            path.unlink(missing_ok=True)
+    for folder in scratch:
+        shutil.rmtree(partial / folder, ignore_errors=True)
+    (partial / REQUEST).unlink()
+    replaced = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    cfg.fsync_folder(output.absolute().parent)
+    shutil.rmtree(replaced, ignore_errors=True)
