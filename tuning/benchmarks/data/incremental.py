@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from blues.data.store import Store
-from tuning.benchmarks.bench import Probe
+from tuning.benchmarks.bench import Call, Probe
 from tuning.benchmarks.data import repository as repo
 from tuning.benchmarks.data.setting import MB, Setting
 from tuning.benchmarks.record import Measurement, Spread, ratio
@@ -15,7 +15,7 @@ from tuning.benchmarks.record import Measurement, Spread, ratio
 GROUP = "incremental"
 METRICS = ("s",)
 ANEW, FOLLOW = "everything anew", "update"
-INSIDE = "in a process that has Blues loaded: Ray is started where it is needed"
+INSIDE = "in a process that has Blues loaded; Ray is started where it is needed"
 WHOLE = "the whole command, with the start of Python and all imports"
 MOST_PERCENT = 3.0
 
@@ -30,26 +30,36 @@ def measure(setting: Setting) -> None:
     )
     bench.begin(GROUP, title, before=made.before, after=made.after)
     old, new, anew = (folder / f"incremental-{name}" for name in ("old", "new", "anew"))
-    words = ["--input-dir", made.path, "--num-workers", str(setting.options.workers)]
     if not (old / "manifest.json").exists():
-        bench.call(_command(setting, "command", [*words, "--commit", made.before], old))
+        bench.call(_inside(setting, replace(made, after=made.before), old, "prepare"))
 
     def again() -> None:
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(old, new)
 
-    update, rebuild = [*words, "--commit", made.after, "--update"], [*words, "--commit", made.after]
-    probes = []
-    for how, note in (("inside", INSIDE), ("command", WHOLE)):
-        call = _command(setting, how, update, new)
-        probes.append(Probe(f"{FOLLOW}, {how}", "blues", call, METRICS, note, again))
-        call = _command(setting, how, rebuild, anew)
-        probes.append(Probe(f"{ANEW}, {how}", "blues", call, METRICS, note, lambda: shutil.rmtree(anew, True)))
-    _figures(setting, bench.measure(GROUP, probes), new, anew)
+    def remove() -> None:
+        shutil.rmtree(anew, ignore_errors=True)
+
+    done = bench.measure(
+        GROUP,
+        [
+            Probe(f"{FOLLOW}, inside", "blues", _inside(setting, made, new, "update"), METRICS, INSIDE, again),
+            Probe(f"{ANEW}, inside", "blues", _inside(setting, made, anew, "prepare"), METRICS, INSIDE, remove),
+            Probe(f"{FOLLOW}, command", "blues", _command(setting, made, new, "--update"), METRICS, WHOLE, again),
+            Probe(f"{ANEW}, command", "blues", _command(setting, made, anew), METRICS, WHOLE, remove),
+        ],
+    )
+    _figures(setting, done, new, anew)
 
 
-def _command(setting: Setting, how: str, words: Sequence[str], output: Path):
-    return setting.ours("ours", how, {"words": ["prepare", *words, "--data-cache-dir", str(output)]})
+def _inside(setting: Setting, made: repo.Repository, output: Path, mode: str) -> Call:
+    arguments = {"repository": made.path, "commit": made.after, "output": str(output), "mode": mode}
+    return setting.ours("ours", "follow", arguments)
+
+
+def _command(setting: Setting, made: repo.Repository, output: Path, *options: str) -> Call:
+    words = ["prepare", "--input-dir", made.path, "--commit", made.after, "--data-cache-dir", str(output), *options]
+    return setting.ours("ours", "command", {"words": words})
 
 
 def _figures(setting: Setting, made: dict[str, Measurement], new: Path, anew: Path) -> None:

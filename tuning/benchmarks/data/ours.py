@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from blues.cli import run_job
+from blues.cluster.prepare import prepare as prepare_plan
 from blues.data.batches import Mixture
 from blues.data.chunks import TOKEN_TYPE, ChunkWriter, file_checksum
+from blues.data.sources import plan
 from blues.data.store import SPLITS, Store
 from blues.data.tokenizer import Tokenizer
 from blues.data.versions import Draft, write_version
@@ -48,16 +49,17 @@ def command(meter: type[Meter], words: list[str]) -> dict:
     return {"s": spent.seconds}
 
 
-def inside(meter: type[Meter], words: list[str]) -> dict:
-    """The command in this process, with what it imports imported before."""
-    import_module(f"jobs.{words[0]}")
-    import_module("blues.cluster.prepare")
+def follow(meter: type[Meter], repository: str, commit: str, output: str, mode: Literal["prepare", "update"]) -> dict:
+    """What `blues prepare` does to a repository, in a process that has imported what is needed: planning, and Ray's
+    start where it is needed."""
     import_module("ray.data")
+    at: dict[str, Any] = {"commit": commit}
     with meter() as spent:
-        status = run_job(words[0], words[1:])
-    if status:
-        sys.exit(status)
-    return {"s": spent.seconds, "cpu s": spent.cpu_s}
+        planned = plan(repository, **at)
+        done = prepare_plan(planned, output, Tokenizer.Config(), mode=mode)
+    if not done.made:
+        raise ValueError(f"nothing was done at {output}; it was there already")
+    return {"s": spent.seconds, "documents": sum(done.store.num_documents(split) for split in SPLITS)}
 
 
 def prepare(meter: type[Meter], corpus: str, size: int, output: str, workers: int, options: list[str]) -> dict:
