@@ -88,6 +88,7 @@ class Screen:
         "signatures": "{:,} of {:,} documents have a signature",
         "exact": "{:,} of {:,} possible copies compared",
         "near": "{} of {} bands searched for near copies",
+        "choice": "{:,} of {:,} groups of copies decided",
     }
 
     def __init__(self) -> None:

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 
 from blues.cluster.pool import map_tasks
 from blues.data import versions
-from blues.data.dedup import Corpus, Progress, Removal, Report, Run, find_duplicates
+from blues.data.corpus import Corpus, Run
+from blues.data.dedup import Progress, Removal, Report, find_duplicates
 from blues.data.dedup_report import Summary, parquet, removed_table
 from blues.data.manifest import MIXTURE
 from blues.data.merge import open_dataset
@@ -40,8 +41,8 @@ HERE_TOKENS = 1 << 29
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be removed. settings: of near copies, None for exact copies only. across_only: only documents whose
-    group starts in another dataset, so that each dataset may repeat itself."""
+    """What is to be removed. settings: of near copies, None for exact copies only. across_only: only documents that
+    repeat one of another dataset, so that each dataset may repeat itself."""
 
     settings: Settings | None = field(default_factory=Settings)
     across_only: bool = False
@@ -118,24 +119,19 @@ def _search(
     address: str | None,
     report: Report,
 ) -> Removal:
+    find = functools.partial(find_duplicates, corpus, across_only=request.across_only, report=report)
     if request.settings is None:
-        removal = find_duplicates(corpus, Settings(), None, report=report)
-    else:
-        runs = dict(enumerate(corpus.runs(TASK_TOKENS)))
-        here = num_workers is None and address is None and int(corpus.lengths_N.sum()) < HERE_TOKENS
-        arguments = (tuple(stores), request.settings, None if here else 1)
-        with Sketches.room_for(len(corpus), request.settings) as sketches:
-            done = 0
-            for number, sketch in map_tasks(
-                Sketcher, arguments, runs, num_workers=num_workers, address=address, here=here
-            ):
-                sketches.put(runs[number].number, *sketch)
-                done += len(runs[number].ends_D)
-                report(Progress("signatures", done, len(corpus)))
-            removal = find_duplicates(corpus, request.settings, sketches, report=report)
-    if request.across_only:
-        removal = removal.only(corpus.dataset_of(removal.numbers) != corpus.dataset_of(removal.kept))
-    return removal
+        return find(Settings(), None)
+    runs = dict(enumerate(corpus.runs(TASK_TOKENS)))
+    here = num_workers is None and address is None and int(corpus.lengths_N.sum()) < HERE_TOKENS
+    arguments = (tuple(stores), request.settings, None if here else 1)
+    with Sketches.room_for(len(corpus), request.settings) as sketches:
+        done = 0
+        for number, sketch in map_tasks(Sketcher, arguments, runs, num_workers=num_workers, address=address, here=here):
+            sketches.put(runs[number].number, *sketch)
+            done += len(runs[number].ends_D)
+            report(Progress("signatures", done, len(corpus)))
+        return find(request.settings, sketches)
 
 
 class Sketcher:

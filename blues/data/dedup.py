@@ -1,54 +1,51 @@
 """Find the documents that repeat another: exactly, or nearly (MinHash LSH by token n-grams), in one dataset or several.
 
-In: a `Corpus`, the documents of one or several datasets in the order of their right to stay. Out: `Removal`, which
-documents go, which one stays for each, why, and how similar they are.
+In: a `Corpus`, the documents of one or several datasets in the order of their right to stay. Out: `Removal`: a document
+goes if an earlier one that stays has the same tokens, or shingles with a Jaccard index of at least the threshold. So
+whatever goes is similar to something that stays, and a chain of small changes does not pull its far end along.
 
-Documents are joined into groups, and of each group the first stays. Validation documents come before all training
-documents, so a training document that repeats a validation document goes, whichever dataset it is of (decontamination);
-then the order of the datasets counts, then that of the documents.
+Validation documents come before all training documents, so a training document that repeats a validation document goes,
+whichever dataset it is of (decontamination); then the order of the datasets counts, then that of the documents.
 
 1. Exact: equal digests propose, the tokens themselves decide.
 2. Near: of each band, the documents with equal keys are candidates (`blues.data.minhash`). A pair whose marks say that
-   it may be similar enough is read, and the exact Jaccard index of its shingles decides: no pair is joined by chance.
+   it may be similar enough is read, and the exact Jaccard index of its shingles decides. Similar ones form a group.
+3. Within each group the documents are taken in order: the first stays, and every further one that is similar to none
+   of those that stay.
 
 The work stays linear where a bucket of equal keys is large: copies were joined before, pairs that are joined already or
 were decided in an earlier band are passed over, every member is compared with the first and with its next `WINDOW`
 followers, and who failed `MOST_FAILURES` times in a bucket is left alone. The result depends on the documents and
 settings alone, not on how the work was divided.
 
-Shapes: N documents of the corpus, numbered in their order; D of a range of it; B bands; P places of a signature.
+Shapes: N documents of the corpus, numbered in their order; B bands; P places of a signature; R documents that go.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from blues.data import minhash
+from blues.data.corpus import Corpus
 from blues.data.minhash import Settings
 from blues.data.sketches import Sketches
-from blues.data.store import Store
 
-PRECEDENCE = ("validation", "train")
-"""Whose documents stay rather than the other's."""
 WINDOW = 1000
 MOST_FAILURES = 32
+MOST_COMPARED = 1 << 14
+"""Documents of a group that stay and that a further one is compared with: the last so many."""
 SET_CACHE_BYTES = 1 << 28
 PAIR_BLOCK = 1 << 16
 """Pairs whose marks are compared at a time."""
-BLOCK_TOKENS = 1 << 18
-"""Tokens hashed at a time; the working set stays in the cache of a core."""
-_NO_DOCUMENTS = pa.schema([("length", pa.int64()), ("digest", pa.uint64())]).empty_table()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: `exact` and `signatures` count documents, `near` counts bands."""
+    """How far a stage is: `exact` and `signatures` count documents, `near` bands, `choice` groups."""
 
     stage: str
     done: int
@@ -56,108 +53,6 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-Read = Callable[[int, int], np.ndarray]
-"""Tokens `[start, stop)` of a shelf as uint32."""
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """The documents of one split of one dataset.
-
-    ends_D: int64, exclusive end of each in tokens, its `<|endoftext|>` included; digests_D: uint64, equal for equal
-    tokens.
-    """
-
-    dataset: int
-    split: str
-    ends_D: np.ndarray
-    digests_D: np.ndarray
-    read: Read
-
-
-class Corpus:
-    """Shelves end to end: documents numbered from 0 in the order of their right to stay."""
-
-    def __init__(self, shelves: Sequence[Shelf]) -> None:
-        self.shelves = tuple(shelves)
-        self.starts = np.cumsum([0, *(len(shelf.ends_D) for shelf in shelves)], dtype=np.int64)
-        self.digests_N = np.concatenate([np.empty(0, np.uint64), *(shelf.digests_D for shelf in shelves)])
-        lengths = (np.diff(shelf.ends_D, prepend=0) for shelf in shelves)
-        self.lengths_N = np.concatenate([np.empty(0, np.int64), *lengths])
-        """Tokens of each document, its `<|endoftext|>` included."""
-
-    @classmethod
-    def of(cls, stores: Sequence[Store]) -> Corpus:
-        """The documents of these datasets: all validation documents, then all training documents."""
-        shelves = []
-        for split in PRECEDENCE:
-            for dataset, store in enumerate(stores):
-                columns = pa.concat_tables([_NO_DOCUMENTS, *store.tables(split, _NO_DOCUMENTS.column_names)])
-                ends_D = np.cumsum(columns["length"].to_numpy(), dtype=np.int64)
-                read = functools.partial(store.read, split)
-                shelves.append(Shelf(dataset, split, ends_D, columns["digest"].to_numpy(), read))
-        return cls(shelves)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def shelf_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Which shelf each of these documents stands on."""
-        return np.searchsorted(self.starts, numbers, side="right") - 1
-
-    def dataset_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Which dataset each of these documents is of."""
-        return np.array([shelf.dataset for shelf in self.shelves], dtype=np.int64)[self.shelf_of(numbers)]
-
-    def tokens(self, number: int) -> np.ndarray:
-        """A document without its `<|endoftext|>`: uint32[n]."""
-        place = int(np.searchsorted(self.starts, number, side="right")) - 1
-        shelf, end = self.shelves[place], int(self.shelves[place].ends_D[number - self.starts[place]])
-        return shelf.read(end - int(self.lengths_N[number]), end - 1)
-
-    def runs(self, tokens: int) -> list[Run]:
-        """All documents in order, cut into runs of about this many tokens (one document at least)."""
-        runs = []
-        for first_number, shelf in zip(self.starts.tolist(), self.shelves, strict=False):
-            first, begin = 0, 0
-            while first < len(shelf.ends_D):
-                last = max(first + 1, int(np.searchsorted(shelf.ends_D, begin + tokens, side="right")))
-                runs.append(Run(first_number + first, shelf.dataset, shelf.split, begin, shelf.ends_D[first:last]))
-                first, begin = last, int(shelf.ends_D[last - 1])
-        return runs
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring documents of a shelf, which are sketched in one go.
-
-    number: of the first, in the corpus. begin: its first token; ends_D: int64, exclusive end of each, in the shelf.
-    """
-
-    number: int
-    dataset: int
-    split: str
-    begin: int
-    ends_D: np.ndarray
-
-    def blocks(self, read: Read) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents about BLOCK_TOKENS at a time, without their `<|endoftext|>`: uint32[T], int64[D] their ends."""
-        first, begin = 0, self.begin
-        while first < len(self.ends_D):
-            last = max(first + 1, int(np.searchsorted(self.ends_D, begin + BLOCK_TOKENS, side="right")))
-            ends_D = self.ends_D[first:last] - begin
-            tokens_T = np.delete(read(begin, begin + int(ends_D[-1])), ends_D - 1)
-            yield tokens_T, ends_D - np.arange(1, len(ends_D) + 1)
-            first, begin = last, int(self.ends_D[last - 1])
-
-    def sketch(self, read: Read, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-        """Band keys uint64[B, D] and marks uint8[D, P] of the documents. read: that of the shelf."""
-        keys, marks = [], []
-        for tokens_T, ends_D in self.blocks(read):
-            signatures_DP = minhash.signatures(tokens_T, ends_D, settings.ngram, settings.permutations)
-            keys.append(minhash.band_keys(signatures_DP, settings.bands))
-            marks.append(minhash.marks(signatures_DP))
-        return np.concatenate(keys, axis=1), np.concatenate(marks)
 
 
 class Groups:
@@ -188,10 +83,10 @@ class Groups:
 
 @dataclass(frozen=True)
 class Removal:
-    """The documents that go, in rising order, with the one that stays for each.
+    """The documents that go, in rising order, with one that stays for each.
 
     numbers, kept: int64[R] numbers of the corpus. exact: bool[R], the two are equal token by token. similarity:
-    float64[R], their Jaccard index; it may lie below the threshold where a chain of similar documents joins them.
+    float64[R], their Jaccard index.
     """
 
     numbers: np.ndarray
@@ -202,30 +97,87 @@ class Removal:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def only(self, chosen: np.ndarray) -> Removal:
-        """Those for which `chosen` (bool[R]) holds."""
-        return Removal(self.numbers[chosen], self.kept[chosen], self.exact[chosen], self.similarity[chosen])
-
 
 def find_duplicates(
-    corpus: Corpus, settings: Settings, sketches: Sketches | None, *, report: Report = lambda _: None
+    corpus: Corpus,
+    settings: Settings,
+    sketches: Sketches | None,
+    *,
+    across_only: bool = False,
+    report: Report = lambda _: None,
 ) -> Removal:
-    """Which documents of the corpus repeat an earlier one. sketches: of all documents; None for exact copies only."""
+    """Which documents of the corpus repeat an earlier one that stays.
+
+    Args:
+        sketches: of all documents; None for exact copies only.
+        across_only: a document goes only for one of another dataset, so each dataset may repeat itself.
+    """
+    all_N = np.arange(len(corpus))
     groups = Groups(len(corpus))
     join_equal(corpus, groups, report)
-    copies_N = groups.roots(np.arange(len(corpus)))
-    near = _Near(corpus, settings, sketches, groups) if sketches is not None else None
-    if near is not None:
-        near.join(np.flatnonzero(copies_N == np.arange(len(corpus))), report)
-    roots_N = groups.roots(np.arange(len(corpus)))
-    numbers = np.flatnonzero(roots_N != np.arange(len(corpus)))
-    kept, original = roots_N[numbers], copies_N[numbers]
-    exact = original == kept
-    similarity = np.ones(len(numbers))
-    for place in np.flatnonzero(~exact).tolist():
-        assert near is not None
-        similarity[place] = near.similarity(int(kept[place]), int(original[place]))
-    return Removal(numbers, kept, exact, similarity)
+    copies_N = groups.roots(all_N)
+    near = None
+    if sketches is not None:
+        near = _Near(corpus, settings, sketches, groups)
+        near.join(np.flatnonzero(copies_N == all_N), report)
+    units_N = _first_of_equals(copies_N, corpus.shelf_of(all_N)) if across_only else copies_N
+    choice = _Choice(corpus, copies_N, near, across_only)
+    choice.decide(groups, np.flatnonzero(units_N == all_N), report)
+    goes_N = choice.kept_N[units_N] != (units_N if across_only else all_N)
+    numbers, units, kept = all_N[goes_N], units_N[goes_N], choice.kept_N[units_N[goes_N]]
+    exact = copies_N[numbers] == copies_N[kept]
+    return Removal(numbers, kept, exact, np.where(exact, 1.0, choice.similarity_N[units]))
+
+
+def _first_of_equals(copies_N: np.ndarray, shelves_N: np.ndarray) -> np.ndarray:
+    """The first document with the same tokens on the same shelf: where a shelf may repeat itself, they share a fate."""
+    both = copies_N * (int(shelves_N.max(initial=0)) + 1) + shelves_N
+    _, first, place = np.unique(both, return_index=True, return_inverse=True)
+    return first[place]
+
+
+class _Choice:
+    """Decides who stays.
+
+    kept_N: int64, the document that stays for each (itself if it stays). similarity_N: float64, of the two.
+    """
+
+    def __init__(self, corpus: Corpus, copies_N: np.ndarray, near: _Near | None, across_only: bool) -> None:
+        self.copies_N, self.near = copies_N, near
+        self.kept_N, self.similarity_N = np.arange(len(corpus)), np.ones(len(corpus))
+        self._datasets_N = corpus.dataset_of(self.kept_N) if across_only else None
+
+    def decide(self, groups: Groups, units: np.ndarray, report: Report) -> None:
+        """Decide on these documents, rising numbers, of which no two have the same fate from the start."""
+        roots = groups.roots(units)
+        order = np.argsort(roots, kind="stable")
+        borders = _borders(roots[order])
+        several = np.flatnonzero(np.diff(borders) > 1)
+        for done, group in enumerate(several.tolist(), start=1):
+            self._decide_group(units[order[borders[group] : borders[group + 1]]])
+            report(Progress("choice", done, len(several)))
+
+    def _decide_group(self, members: np.ndarray) -> None:
+        stay, count = np.empty_like(members), 0
+        for number in members.tolist():
+            found = self._original(number, stay[max(0, count - MOST_COMPARED) : count])
+            if found is None:
+                stay[count] = number
+                count += 1
+            else:
+                self.kept_N[number], self.similarity_N[number] = found
+
+    def _original(self, number: int, stay: np.ndarray) -> tuple[int, float] | None:
+        """Which of those that stay a document repeats, and how similar they are."""
+        if self._datasets_N is not None:
+            stay = stay[self._datasets_N[stay] != self._datasets_N[number]]
+        equal = stay[self.copies_N[stay] == self.copies_N[number]]
+        if len(equal):
+            return int(equal[0]), 1.0
+        if self.near is None or not len(stay):
+            return None
+        found = self.near.find(int(self.copies_N[number]), self.copies_N[stay])
+        return None if found is None else (int(stay[found[0]]), found[1])
 
 
 def join_equal(corpus: Corpus, groups: Groups, report: Report = lambda _: None) -> None:
@@ -353,17 +305,29 @@ class _Near:
             one, other = int(buckets.members[one_place]), int(buckets.members[other_place])
             if self.groups.root(one) == self.groups.root(other):
                 continue
-            similarity = minhash.jaccard(self._set(one), self._set(other))
+            similarity = self._similarity(one, other)
             if similarity >= self.settings.threshold:
                 self.groups.join(one, other)
-                self._joined[one, other] = similarity
+                self._joined[min(one, other), max(one, other)] = similarity
             else:
                 buckets.failures[other_place] += 1
                 buckets.failures[one_place] += step > 0
 
-    def similarity(self, one: int, other: int) -> float:
-        """The exact Jaccard index of two documents, the first with the smaller number."""
-        found = self._joined.get((one, other))
+    def find(self, number: int, others: np.ndarray) -> tuple[int, float] | None:
+        """The place of a similar one among others (int64[n], n > 0), and how similar; the likeliest are tried first."""
+        marks_NP = self.sketches.marks_NP
+        estimates = minhash.estimate(marks_NP[number][None], marks_NP[others])
+        likely = np.flatnonzero(estimates >= self.settings.least_estimate)
+        likely = likely[np.argsort(-estimates[likely], kind="stable")][:MOST_FAILURES]
+        for place in likely.tolist():
+            similarity = self._similarity(number, int(others[place]))
+            if similarity >= self.settings.threshold:
+                return place, similarity
+        return None
+
+    def _similarity(self, one: int, other: int) -> float:
+        """The exact Jaccard index of two documents."""
+        found = self._joined.get((min(one, other), max(one, other)))
         return minhash.jaccard(self._set(one), self._set(other)) if found is None else found
 
     def _set(self, number: int) -> np.ndarray:

@@ -17,7 +17,8 @@ import xxhash
 from scipy import sparse
 
 from blues.data import minhash
-from blues.data.dedup import Corpus, Shelf, find_duplicates
+from blues.data.corpus import Corpus, Shelf
+from blues.data.dedup import find_duplicates
 from blues.data.minhash import Settings
 from blues.data.sketches import Sketches
 from blues.errors import DataError
@@ -28,16 +29,15 @@ RUN_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class Figures:
-    """seconds: of processor time. pairs: the similar ones by brute force; found: how many of them ended in one group
-    (Blues) or were proposed (datasketch). removed: documents that repeat an earlier one, None where none is decided on.
-    """
+    """seconds: of processor time. pairs: similar ones by brute force; found: how many of them were candidates; left:
+    how many still are there whole when the duplicates are removed (None where nothing is removed, as by datasketch)."""
 
     documents: int
     text_bytes: int
     seconds: float
     pairs: int
     found: int
-    removed: int | None
+    left: int | None
 
     @property
     def bytes_per_second(self) -> float:
@@ -89,12 +89,12 @@ def measure(
         for run in corpus.runs(RUN_TOKENS):
             sketches.put(run.number, *run.sketch(corpus.shelves[0].read, settings))
         removal = find_duplicates(corpus, settings, sketches)
-    seconds = time.process_time() - began
-    roots = np.arange(len(documents))
-    roots[removal.numbers] = removal.kept
-    pairs = similar_pairs(documents, settings.ngram, similarity)
-    found = int(np.count_nonzero(roots[pairs[:, 0]] == roots[pairs[:, 1]]))
-    return Figures(len(documents), text_bytes, seconds, len(pairs), found, len(removal))
+        seconds = time.process_time() - began
+        one, other = similar_pairs(documents, settings.ngram, similarity).T
+        found = int(np.count_nonzero(np.any(sketches.keys_BN[:, one] == sketches.keys_BN[:, other], axis=0)))
+    goes = np.isin(np.arange(len(documents)), removal.numbers)
+    left = int(np.count_nonzero(~goes[one] & ~goes[other]))
+    return Figures(len(documents), text_bytes, seconds, len(one), found, left)
 
 
 def measure_datasketch(

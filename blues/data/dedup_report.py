@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from blues.data.dedup import Corpus, Removal
+from blues.data.corpus import Corpus
+from blues.data.dedup import Removal
 from blues.data.store import SPLITS, Store
 from blues.table import align
 

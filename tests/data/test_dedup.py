@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,8 +10,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from blues.data import corpus as corpus_module
 from blues.data import dedup, minhash, sketches
-from blues.data.dedup import Corpus, Groups, Removal, Shelf, find_duplicates
+from blues.data.corpus import Corpus, Shelf
+from blues.data.dedup import Groups, Removal, find_duplicates
 from blues.data.minhash import Settings
 from blues.data.sketches import Sketches
 from blues.data.store import Store
@@ -45,14 +46,17 @@ def search_all_pairs(corpus: Corpus, wanted: Settings) -> Removal:
         return find_duplicates(corpus, wanted, equal)
 
 
-def naive_roots(documents: Sequence[Sequence[int]], ngram: int, threshold: float) -> list[int]:
-    """The first document of the group of each, all pairs compared."""
-    roots = list(range(len(documents)))
-    for one, other in combinations(range(len(documents)), 2):
-        if naive_jaccard(list(documents[one]), list(documents[other]), ngram) >= threshold:
-            first, second = sorted((roots[one], roots[other]))
-            roots = [first if root == second else root for root in roots]
-    return roots
+def naive_removal(
+    documents: Sequence[Sequence[int]], ngram: int, threshold: float, datasets: Sequence[int] | None = None
+) -> dict[int, list[int]]:
+    """Every document that goes, with all it could go for: all pairs compared, in order."""
+    goes: dict[int, list[int]] = {}
+    for number, document in enumerate(documents):
+        stay = [n for n in range(number) if n not in goes and (datasets is None or datasets[n] != datasets[number])]
+        similar = [n for n in stay if naive_jaccard(list(documents[n]), list(document), ngram) >= threshold]
+        if similar:
+            goes[number] = similar
+    return goes
 
 
 def near_copies(similarity: float, pairs: int, length: int = 300, seed: int = 0) -> list[list[int]]:
@@ -75,17 +79,24 @@ def as_rows(removal: Removal) -> list[tuple[int, int, bool, float]]:
 few_tokens = some.lists(some.lists(some.integers(0, 3), max_size=8), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
-@given(few_tokens, some.integers(1, 4), some.sampled_from([0.2, 0.5, 0.7, 1.0]))
-def test_groups_are_those_of_all_pairs(documents, ngram, threshold):
-    removal = search_all_pairs(Corpus([shelf(documents)]), Settings(threshold=threshold, ngram=ngram))
-    roots = naive_roots(documents, ngram, threshold)
-    expected = [
-        (number, root, documents[number] == documents[root], naive_jaccard(documents[number], documents[root], ngram))
-        for number, root in enumerate(roots)
-        if number != root
-    ]
-    assert as_rows(removal) == [(*row[:3], pytest.approx(row[3])) for row in expected]
+@settings(max_examples=200, deadline=None)
+@given(few_tokens, some.integers(1, 4), some.sampled_from([0.2, 0.5, 0.7, 1.0]), some.booleans())
+def test_who_goes_is_who_repeats_an_earlier_one_that_stays(documents, ngram, threshold, across):
+    parts = [documents[:2], documents[2:4], documents[4:8], documents[8:]]
+    places = [(0, "validation"), (1, "validation"), (0, "train"), (1, "train")]
+    corpus = Corpus([shelf(part, *place) for part, place in zip(parts, places, strict=True)])
+    wanted = Settings(threshold=threshold, ngram=ngram)
+    with Sketches.room_for(len(corpus), wanted) as equal:  # nothing is left to chance: every pair is a candidate
+        removal = find_duplicates(corpus, wanted, equal, across_only=across)
+    datasets = [dataset for part, (dataset, _) in zip(parts, places, strict=True) for _ in part]
+    expected = naive_removal(documents, ngram, threshold, datasets if across else None)
+    assert removal.numbers.tolist() == list(expected)
+    for number, kept, exact, similarity in as_rows(removal):
+        assert kept in expected[number]
+        assert exact == (documents[kept] == documents[number])
+        assert exact or documents[number] not in [documents[other] for other in expected[number]]
+        assert similarity == pytest.approx(naive_jaccard(documents[kept], documents[number], ngram))
+        assert similarity >= threshold
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,7 +117,7 @@ def test_the_result_does_not_depend_on_how_the_work_is_divided(documents, tokens
     runs = corpus.runs(tokens)
     assert [run.number + n for run in runs for n in range(len(run.ends_D))] == list(range(len(documents)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dedup, "BLOCK_TOKENS", block)
+        patch.setattr(corpus_module, "BLOCK_TOKENS", block)
         divided = search(corpus, wanted, tokens)
     assert as_rows(divided) == as_rows(search(Corpus([shelf(documents)]), wanted))
 
@@ -125,13 +136,13 @@ def test_what_is_less_similar_stays():
     assert len(search(Corpus([shelf(near_copies(0.72, pairs=200))]), Settings(threshold=0.8))) == 0
 
 
-def test_a_group_is_joined_by_a_chain_and_the_similarity_is_that_with_the_one_that_stays():
-    words = list(range(1000, 1130))
-    chain = [words[:100], words[10:110], words[20:120], words[30:130]]
+def test_the_far_end_of_a_chain_of_small_changes_stays():
+    words = list(range(1000, 1160))
+    chain = [words[step : 100 + step] for step in range(0, 60, 10)]
     rows = as_rows(search(Corpus([shelf(chain)]), Settings(threshold=0.75)))
-    assert [row[:3] for row in rows] == [(1, 0, False), (2, 0, False), (3, 0, False)]
-    assert [row[3] for row in rows] == [pytest.approx(naive_jaccard(chain[0], other, 5)) for other in chain[1:]]
-    assert rows[0][3] > 0.75 > rows[2][3]
+    assert [row[:3] for row in rows] == [(1, 0, False), (3, 2, False), (5, 4, False)]
+    assert [row[3] for row in rows] == [pytest.approx(naive_jaccard(chain[0], chain[1], 5))] * 3
+    assert naive_jaccard(chain[0], chain[2], 5) < 0.75
 
 
 def test_a_copy_of_a_near_copy_is_near():
