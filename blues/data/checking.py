@@ -52,11 +52,12 @@ Report = Callable[[int, int], None]
 class Examination:
     """What was found in some versions of a dataset.
 
-    contents: by chunk, of those whose index can be used. counts_V: by split, how often each of the V ids occurs in the
-    version that was to be counted.
+    contents: by chunk, of those whose index can be used. described: the version that was asked for, None where it
+    cannot be read; counts_V: by split, how often each of the V ids occurs in it.
     """
 
     issues: list[Issue]
+    described: Store | None = None
     contents: dict[ChunkRecord, Contents] = field(default_factory=dict)
     counts_V: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -70,6 +71,13 @@ class History:
     unordered: frozenset[int]
     newest: str | None
     issues: tuple[Issue, ...]
+
+    def find(self, checksum: str | None = None, number: int | None = None) -> Store | None:
+        """The version with this checksum or number; the newest without either."""
+        if number is not None:
+            return next((store for store in self.versions if store.version == number), None)
+        wanted = checksum or self.newest
+        return next((store for store in self.versions if store.checksum == wanted), None)
 
 
 @dataclass(frozen=True)
@@ -114,20 +122,29 @@ def check_stores(
 
 
 def check_dataset(
-    path: Path, *, counted: str | None = None, num_workers: int = 1, report: Report | None = None
+    path: Path,
+    *,
+    checksum: str | None = None,
+    number: int | None = None,
+    num_workers: int = 1,
+    report: Report | None = None,
 ) -> tuple[History, Examination]:
     """Check everything at `path`: the manifests of all versions, and whatever they speak of.
 
     Args:
-        counted: checksum of the version whose tokens are counted by id; None for the newest.
+        checksum, number: of the version whose tokens are counted by id; the newest without either.
         num_workers: threads that read chunks.
+        report: told several times a second how far it is.
     """
     history = read_history(path)
     if not history.versions:
         return history, Examination(list(history.issues))
-    chosen = next((store for store in history.versions if store.checksum == (counted or history.newest)), None)
     found = check_stores(
-        history.versions, counted=chosen, unordered=history.unordered, num_workers=num_workers, report=report
+        history.versions,
+        counted=history.find(checksum, number),
+        unordered=history.unordered,
+        num_workers=num_workers,
+        report=report,
     )
     found.issues[:0] = history.issues
     return history, found
@@ -236,7 +253,7 @@ def _scan(stores: Sequence[Store], counted: Store | None, num_workers: int, repo
                     report(sum(scanner.bytes for scanner in scanners), total)
         finally:
             stopped.set()  # an error, or Ctrl-C: what has not begun does not begin
-    found = Examination([])
+    found = Examination([], counted)
     for chunk, future in zip(chunks, futures, strict=True):
         result = future.result()
         found.issues += result.issues

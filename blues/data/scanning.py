@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from blues.data.chunks import SUFFIXES, TOKEN_TYPE, ChunkRecord, FileRecord, RawReader, ZstdReader
+from blues.data.chunks import SUFFIXES, TOKEN_TYPE, ChunkRecord, FileRecord, RawReader, ZstdReader, numbers
 from blues.data.store import Issue
 from blues.errors import DataError
 
@@ -223,7 +223,7 @@ def _read_index(content: bytes) -> Contents:
     """
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read(columns=list(INDEX_COLUMNS), use_threads=False)
-        end, text_bytes, digest = (table[name].to_numpy() for name in INDEX_COLUMNS)
+        end, text_bytes, digest = (numbers(table, name) for name in INDEX_COLUMNS)
         return Contents(end.astype(np.int64), text_bytes.astype(np.int64), digest.astype(np.uint64))
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"is no index of documents ({reason_of(error)})") from None

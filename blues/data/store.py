@@ -40,6 +40,7 @@ from blues.data.chunks import (
     ChunkRecord,
     FileRecord,
     load_tokens,
+    numbers,
     open_reader,
     read_checked,
 )
@@ -256,13 +257,14 @@ class Store:
         for chunk, first, documents, start, _ in self.segments[_known(split)].tolist():
             part = self.index(split, chunk).slice(first, documents)
             if "length" in columns:
-                ends = part["end"].to_numpy().astype(np.int64)
-                part = part.append_column("length", pa.array(np.diff(ends, prepend=start)))
+                lengths = np.diff(numbers(part, "end").astype(np.int64), prepend=start)
+                column = pa.Array.from_buffers(pa.int64(), len(lengths), [None, pa.py_buffer(lengths)])
+                part = part.append_column("length", column)
             yield part.select(list(columns))
 
     def document_ends(self, split: str) -> np.ndarray:
         """Where each document of a split ends, in tokens: int64[documents], rising to `num_tokens`."""
-        lengths = [table["length"].to_numpy() for table in self.tables(split, ["length"])]
+        lengths = [numbers(table, "length") for table in self.tables(split, ["length"])]
         return np.cumsum(np.concatenate([np.zeros(0, dtype=np.int64), *lengths]), dtype=np.int64)
 
     def documents(self, split: str) -> Iterator[StoredDocument]:
@@ -334,7 +336,7 @@ def content_fingerprint(store: Store, digests: Mapping[str, np.ndarray] | None =
             digest.update(np.ascontiguousarray(digests[split], dtype="<u8").data)
             continue
         for table in store.tables(split, ["digest"]):
-            digest.update(np.ascontiguousarray(table["digest"].to_numpy(), dtype="<u8").data)
+            digest.update(np.ascontiguousarray(numbers(table, "digest"), dtype="<u8").data)
     return digest.hexdigest()
 
 
@@ -363,7 +365,7 @@ def _read_segments(
             own = table.filter(pc.equal(table["split"], split))
             segments[split] = np.empty(len(own), dtype=SEGMENT_TYPE)
             for name in SEGMENT_TYPE.names or ():
-                segments[split][name] = own[name].to_numpy()
+                segments[split][name] = numbers(own, name)
             _check_segments(segments[split], chunks[split])
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         what = " ".join(str(error).split())
@@ -398,7 +400,13 @@ def _read_index(path: Path, record: FileRecord) -> pa.Table:
 
 
 def _stored(row: Mapping[str, Any], tokens: np.ndarray) -> StoredDocument:
-    return StoredDocument(row["id"], row["source"], json.loads(row["metadata"]), tokens, row["text_bytes"])
+    try:
+        metadata = json.loads(row["metadata"])
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the metadata of document {row['id']!r} is no JSON ({error}); prepare the dataset again"
+        ) from None
+    return StoredDocument(row["id"], row["source"], metadata, tokens, row["text_bytes"])
 
 
 def split_version(path: str | Path) -> tuple[Path, int | None]:

@@ -1,144 +1,126 @@
-"""Check a dataset from end to end, and say what it holds.
+"""Check datasets from end to end, and say what they hold.
 
-In: a prepared or merged dataset. Out: a `Report`: issues (each names a file), and statistics of every source and split.
+In: prepared or merged datasets. Out: a `Report`: errors and warnings (each names a file), statistics of every split of
+every source, and which documents are there more than once.
 
-Checked are the manifest's own checksum, the size and xxh3-128 of every file, whether documents, tokens and manifest
-agree, and whether a sample of documents, decoded and tokenized again, gives the same tokens. A merged dataset is
-checked source by source; a source that was prepared again after the merge is an issue.
+Checked are all versions of a dataset: the sha256 of every manifest, the size and xxh3-128 of every file, whether
+documents, tokens, segments and manifests agree, and whether a sample of documents, decoded and tokenized again, gives
+the same tokens. A merged dataset is checked source by source, in the versions that were merged.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
-from blues.data import store as st
-from blues.data.manifest import MANIFEST, MIXTURE
-from blues.data.merge import Dataset, open_dataset, sources_of
+from blues.data.checking import Examination, check_dataset, documents_of, unknown_files
+from blues.data.chunks import TOKEN_TYPE
+from blues.data.manifest import MANIFEST, MIXTURE, MIXTURE_FORMAT, is_count, is_text, read_checked_json, require
+from blues.data.merge import VERSION as MIXTURE_VERSION
+from blues.data.merge import Dataset, open_dataset
+from blues.data.report import Report, Source, Version
+from blues.data.statistics import Overlap, Statistics, describe, overlap
+from blues.data.store import SPLITS, Issue, Store, StoredDocument, split_version
+from blues.data.tokenizer import Tokenizer
 from blues.errors import ConfigError, DataError
 from blues.table import align
 
 SAMPLE_SEED = 0
-REMEDY = "restore the files, or prepare the dataset again with --overwrite (and then merge again)"
+SAMPLE_TOKENS = 1 << 24
+"""Tokens that are tokenized again at most, some 5 seconds' worth: a sample may hold a document of 100 MB."""
+_SOURCE = {
+    "name": is_text,
+    "path": is_text,
+    "checksum": is_text,
+    "fingerprint": is_text,
+    "train_tokens": is_count,
+    "weight": is_text,
+}
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """One split of one source. Lengths are tokens of a document, its `<|endoftext|>` included; `used_ids` are the
-    distinct token ids that occur, of `vocabulary` ids; weight is the source's share of the training samples."""
+class Progress:
+    """How far it is within one source: bytes read, of all."""
 
     source: str
-    split: str
-    weight: float
-    documents: int
-    tokens: int
-    text_bytes: int
-    mean_length: float
-    median_length: float
-    longest: int
-    used_ids: int
-    vocabulary: int
-    duplicates: int
-    """Documents whose tokens equal those of an earlier document of the same dataset, merged or not."""
+    bytes_done: int
+    bytes: int
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `verify` found."""
+@dataclass
+class _Part:
+    """A source that is to be checked. checksum, number: of the version; None for the newest. said: by mixture.json."""
 
-    path: Path
-    issues: tuple[st.Issue, ...]
-    statistics: tuple[Statistics, ...]
-    rejected: int
-    retokenized: int
-    """Documents that were decoded and tokenized again."""
-
-    @property
-    def good(self) -> bool:
-        """Nothing is wrong."""
-        return not self.issues
-
-    def json(self) -> str:
-        """All of it."""
-        tree = asdict(self) | {"path": str(self.path), "good": self.good}
-        return json.dumps(tree if self.good else tree | {"remedy": REMEDY}, indent=2)
-
-    def table(self) -> str:
-        """For a person."""
-        lines = [f"dataset {self.path}"]
-        if self.statistics:
-            lines += ["", *align([_HEADER, *(_row(line) for line in self.statistics)]), ""]
-            tokens, documents = (sum(getattr(s, name) for s in self.statistics) for name in ("tokens", "documents"))
-            lines.append(f"{documents:,} documents, {tokens:,} tokens; {self.rejected:,} rejected rows in quarantine")
-            copies = sum(line.duplicates for line in self.statistics)
-            if copies:
-                lines.append(f"{copies:,} documents are exact copies of another one")
-        if self.good:
-            lines.append(f"good: all checksums hold, {self.retokenized:,} documents tokenize to what is stored")
-        else:
-            lines.append(f"{len(self.issues):,} issue{'s' if len(self.issues) != 1 else ''}:")
-            lines += [f"  {issue}" for issue in self.issues]
-            lines.append(REMEDY)
-        return "\n".join(lines)
+    dataset: Path
+    name: str
+    folder: Path
+    weight: Fraction
+    checksum: str | None = None
+    number: int | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
-_HEADER = (
-    *("source", "split", "weight", "documents", "tokens", "MB of text"),
-    *("mean", "median", "longest", "ids used", "copies"),
-)
+@dataclass
+class _Findings:
+    """What comes together while sources are checked; digests: of each split of each source that is whole."""
+
+    issues: list[Issue] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    statistics: list[Statistics] = field(default_factory=list)
+    digests: list[np.ndarray] = field(default_factory=list)
+    retokenized: int = 0
 
 
-def _row(line: Statistics) -> tuple[str, ...]:
-    coverage = f"{100 * line.used_ids / line.vocabulary:.1f}%"
-    return (
-        *(line.source, line.split, f"{line.weight:.3f}", f"{line.documents:,}", f"{line.tokens:,}"),
-        *(f"{line.text_bytes / 1e6:.2f}", f"{line.mean_length:,.0f}", f"{line.median_length:,.0f}"),
-        *(f"{line.longest:,}", coverage),
-        f"{line.duplicates:,}",
-    )
-
-
-def verify(path: str | Path, *, sample: int = 200) -> Report:
-    """Read all of a dataset and check it.
+def verify(
+    *paths: str | Path,
+    sample: int = 200,
+    num_workers: int | None = None,
+    report: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Read all of one or more datasets and check them.
 
     Args:
+        paths: prepared or merged datasets; `DIR@2` describes version 2 (all are checked).
         sample: documents of each source, spread over it, that are tokenized again.
+        num_workers: threads that read; None for as many as there are cores.
+        report: told several times a second how far it is.
 
     Raises:
-        DataError: there is no dataset at `path` at all. (A damaged one is a report with issues.)
+        DataError: there is no dataset at a path at all. (A damaged one is a report with issues.)
+        ConfigError: a sample or number of workers that is none, or a dataset that would be checked twice.
     """
     if sample < 0:
         raise ConfigError(f"sample (--sample) must be 0 or a number of documents, got {sample}")
-    path = Path(path)
-    if not (path / MANIFEST).exists() and not (path / MIXTURE).exists():
-        open_dataset(path)  # raises: it is none
-    issues: list[st.Issue] = []
-    statistics: list[Statistics] = []
-    seen: set[int] = set()
-    retokenized = rejected = 0
-    try:
-        _, sources = sources_of(path, check_sizes=False)
-    except DataError as error:
-        return Report(path, (st.Issue(str(path), str(error)),), (), rejected=0, retokenized=0)
-    for name, weight, open_source in sources:
-        try:
-            store = open_source()
-        except DataError as error:
-            issues.append(st.Issue(name, str(error)))
-            continue
-        found = store.check()
-        issues += [_placed(issue, store) for issue in found]
-        rejected += sum(store.manifest["rejected"].values())
-        if found:  # statistics of damaged files would mislead
-            continue
-        different, count = _tokenize_again(store, sample)
-        issues += [_placed(issue, store) for issue in different]
-        retokenized += count
-        statistics += [_statistics(name, store, split, float(weight), seen) for split in st.SPLITS]
-    return Report(path, tuple(issues), tuple(statistics), rejected=rejected, retokenized=retokenized)
+    if num_workers is not None and num_workers < 1:
+        raise ConfigError(f"number of workers (--num-workers) must be at least 1, got {num_workers}")
+    workers = num_workers or len(os.sched_getaffinity(0))
+    found = _Findings()
+    parts = [part for path in paths for part in _parts(Path(path), found.issues)]
+    _tell_apart(parts)
+    for part in parts:
+        _check_part(part, found, sample, workers, report)
+    statistics, shared = found.statistics, None
+    if statistics:
+        shared = overlap([(line.source, line.split) for line in statistics], found.digests)
+        copies = zip(statistics, shared.duplicates, strict=True)
+        statistics = [replace(line, duplicates=count) for line, count in copies]
+        found.issues += _leaks(found.sources, statistics, shared)
+    return Report(
+        paths=tuple(Path(path) for path in paths),
+        issues=tuple(issue for issue in found.issues if issue.kind == "error"),
+        warnings=tuple(issue for issue in found.issues if issue.kind == "warning"),
+        sources=tuple(found.sources),
+        statistics=tuple(statistics),
+        overlap=shared,
+        retokenized=found.retokenized,
+    )
 
 
 def mixture_table(dataset: Dataset) -> str:
@@ -150,54 +132,196 @@ def mixture_table(dataset: Dataset) -> str:
     return "\n".join([f"dataset {dataset.path} ({dataset.strategy})", "", *align(rows)])
 
 
-def _placed(issue: st.Issue, store: st.Store) -> st.Issue:
-    return st.Issue(str(store.path / issue.where), issue.what)
+def _parts(path: Path, issues: list[Issue]) -> list[_Part]:
+    """The sources of a dataset: itself, if it is not merged."""
+    folder, number = split_version(path)
+    if not (folder / MIXTURE).exists():
+        if not (folder / MANIFEST).exists() and not (folder / "versions").is_dir():
+            open_dataset(path)  # raises: it is none
+        return [_Part(path, folder.absolute().name, folder, Fraction(1), number=number)]
+    where = str(path / MIXTURE)
+    try:
+        tree = read_checked_json(path, MIXTURE, MIXTURE_FORMAT, MIXTURE_VERSION)
+        require(tree, {"strategy": is_text, "sources": [_SOURCE]})
+        weights = [Fraction(source["weight"]) for source in tree["sources"]]
+    except DataError as error:
+        issues.append(Issue(where, str(error)))
+        return []
+    except (ValueError, ZeroDivisionError) as error:
+        issues.append(Issue(where, f"it lacks or cannot use {error}"))
+        return []
+    if sum(weights) != 1 or min(weights, default=0) < 0:
+        issues.append(Issue(where, "the weights of its sources are no shares that sum to 1"))
+    return [
+        _Part(path, said["name"], _plain(path / said["path"]), weight, checksum=said["checksum"], said=said)
+        for said, weight in zip(tree["sources"], weights, strict=True)
+    ]
 
 
-def _tokenize_again(store: st.Store, sample: int) -> tuple[list[st.Issue], int]:
+def _plain(path: Path) -> Path:
+    """`a/../b` as `b`, where that is the same place (it is not if `a` is a link)."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.resolve() == path.resolve() else path
+
+
+def _tell_apart(parts: Sequence[_Part]) -> None:
+    """Give every source a name of its own, and refuse one that would be counted twice."""
+    seen: dict[tuple[Path, Any], _Part] = {}
+    for part in parts:
+        key = (part.folder.resolve(), part.checksum or part.number)
+        if key in seen:
+            both = sorted({str(part.dataset), str(seen[key].dataset)})
+            raise ConfigError(f"{str(part.folder)!r} would be checked twice (by {' and '.join(both)}); name it once")
+        seen[key] = part
+    names = [part.name for part in parts]
+    for part in parts:
+        if names.count(part.name) > 1 and part.dataset != part.folder:
+            part.name = f"{part.dataset.name}/{part.name}"
+        elif names.count(part.name) > 1:
+            part.name = str(part.dataset)
+
+
+def _check_part(
+    part: _Part, found: _Findings, sample: int, workers: int, report: Callable[[Progress], None] | None
+) -> None:
+    if not part.folder.is_dir():
+        what = f"source {part.name!r} of {str(part.dataset)!r} is not there; put it back or merge again"
+        found.issues.append(Issue(str(part.folder), what))
+        return
+    told = None if report is None else lambda done, total: report(Progress(part.name, done, total))
+    history, examination = check_dataset(
+        part.folder, checksum=part.checksum, number=part.number, num_workers=workers, report=told
+    )
+    issues, store = list(examination.issues), examination.described
+    if store is None and not issues:
+        issues.append(Issue(MANIFEST, _why_not_there(part, len(history.versions))))
+    if not any(issue.where.endswith(MANIFEST) for issue in issues):
+        issues += _leftovers(part.folder, history.versions)
+    retokenized = 0
+    if store is not None and not any(issue.kind == "error" for issue in issues):
+        again, retokenized = _tokenize_again(store, sample, examination)
+        issues += again
+    found.issues += [Issue(str(part.folder / issue.where), issue.what, issue.kind) for issue in issues]
+    found.issues += _wrong_mixture(part, store)
+    if store is None or any(issue.kind == "error" for issue in issues):
+        return  # statistics of damaged files would mislead
+    found.retokenized += retokenized
+    found.sources.append(_source(part, store, history.versions))
+    for split in SPLITS:
+        documents = documents_of(store, split, examination.contents)
+        counts_V, tokenizer = examination.counts_V[split], store.tokenizer.build()
+        found.statistics.append(describe(part.name, split, float(part.weight), documents, counts_V, tokenizer))
+        found.digests.append(documents.digests)
+
+
+def _why_not_there(part: _Part, versions: int) -> str:
+    if part.checksum is None:
+        return f"there is no version {part.number}; the newest is {versions}"
+    return (
+        f"source {part.name!r} of {str(part.dataset)!r} was prepared again after the merge ({str(part.folder)!r}); "
+        "merge again"
+    )
+
+
+def _leftovers(folder: Path, versions: Sequence[Store]) -> list[Issue]:
+    unknown = unknown_files(folder, versions)
+    if not unknown:
+        return []
+    more = f" (and {len(unknown) - 1:,} more)" if len(unknown) > 1 else ""
+    return [Issue(unknown[0], f"belongs to no version of the dataset{more}; nothing reads it", "warning")]
+
+
+def _wrong_mixture(part: _Part, store: Store | None) -> list[Issue]:
+    """What mixture.json says of a source and is not so."""
+    if store is None or not part.said:
+        return []
+    facts = {
+        "fingerprint": store.fingerprint,
+        "train_tokens": store.num_tokens("train"),
+        "version": store.version,
+    }
+    where = str(part.dataset / MIXTURE)
+    return [
+        Issue(where, f"it says that {key} of source {part.name!r} is {part.said[key]!r}, and it is {value!r}")
+        for key, value in facts.items()
+        if key in part.said and part.said[key] != value
+    ]
+
+
+def _source(part: _Part, store: Store, versions: Sequence[Store]) -> Source:
+    numbers = {other.checksum: other.version for other in versions}
+    return Source(
+        name=part.name,
+        dataset=part.dataset,
+        path=part.folder,
+        weight=float(part.weight),
+        version=store.version,
+        versions=tuple(
+            Version(
+                number=other.version,
+                parent=numbers.get(other.manifest["parent"]),
+                operation=other.manifest["operation"],
+                documents=sum(other.num_documents(split) for split in SPLITS),
+                tokens=sum(other.num_tokens(split) for split in SPLITS),
+                chunks=sum(len(other.chunks[split]) for split in SPLITS),
+            )
+            for other in versions
+        ),
+        origins=tuple(store.manifest["sources"]),
+        rejected=store.manifest["rejected"],
+        tokenizer=store.manifest["tokenizer"],
+    )
+
+
+def _leaks(sources: Sequence[Source], statistics: Sequence[Statistics], shared: Overlap) -> list[Issue]:
+    """Training documents that a model is validated on as well."""
+    issues, paths = [], {source.name: source.path for source in sources}
+    for (name, _), row, leaked, line in zip(shared.names, shared.shared, shared.leaked, statistics, strict=True):
+        if not leaked:
+            continue
+        held = [of for (of, split), count in zip(shared.names, row, strict=True) if split == "validation" and count]
+        what = (
+            f"{leaked:,} of its {line.documents:,} training documents ({leaked / line.documents:.2%}) are copies of "
+            f"validation documents (of {', '.join(held)}); `blues dedup` removes them"
+        )
+        issues.append(Issue(str(paths[name]), what, "warning"))
+    return issues
+
+
+def _tokenize_again(store: Store, sample: int, examination: Examination) -> tuple[list[Issue], int]:
     """Decode and encode some documents; returns what differs and how many were tried."""
     tokenizer = store.tokenizer.build()
     generator = np.random.default_rng(SAMPLE_SEED)
-    sizes = [store.num_documents(split) for split in st.SPLITS]
+    sizes = [store.num_documents(split) for split in SPLITS]
     chosen = np.sort(generator.choice(sum(sizes), size=min(sample, sum(sizes)), replace=False)).tolist()
-    issues = []
+    issues: list[Issue] = []
+    done = tokens = 0
     for number in chosen:
         split, place = ("train", number) if number < sizes[0] else ("validation", number - sizes[0])
-        document = store.document(split, place)
-        where = store.chunks[split][store.locate(split, place)[0]].data.file
-        text = tokenizer.decode_bytes(document.tokens[:-1].tolist())
-        if len(text) != document.text_bytes:
-            what = f"document {document.id!r} has {len(text)} bytes where its index says {document.text_bytes}"
-            issues.append(st.Issue(where, what))
-        if not np.array_equal(tokenizer.encode_array(text.decode("utf-8", "replace")), document.tokens[:-1]):
-            issues.append(st.Issue(where, f"document {document.id!r} tokenizes to other tokens than are stored"))
-    return issues, len(chosen)
+        chunk, row = store.locate(split, place)
+        record = store.chunks[split][chunk]
+        try:
+            document = store.document(split, place)
+        except DataError as error:
+            issues.append(Issue(record.index.file, str(error)))
+            continue
+        digest = int(examination.contents[record].digests[row])
+        issues += [
+            Issue(record.data.file, f"document {document.id!r} {what}")
+            for what in _differences(document, digest, tokenizer)
+        ]
+        done, tokens = done + 1, tokens + len(document.tokens)
+        if tokens > SAMPLE_TOKENS:
+            break
+    return issues, done
 
 
-def _statistics(name: str, store: st.Store, split: str, weight: float, seen: set[int]) -> Statistics:
-    n_vocab = store.manifest["tokenizer"]["n_vocab"]
-    used_V = np.zeros(n_vocab, dtype=bool)
-    lengths: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    duplicates = 0
-    for chunk, _, _, first, count in store.segments[split].tolist():
-        used_V[store.chunk(split, chunk)[first : first + count]] = True
-    for table in store.tables(split, ["length", "digest"]):
-        lengths.append(table["length"].to_numpy())
-        for digest in table["digest"].to_pylist():
-            duplicates += digest in seen
-            seen.add(digest)
-    length = np.concatenate(lengths)
-    return Statistics(
-        source=name,
-        split=split,
-        weight=weight,
-        documents=len(length),
-        tokens=int(length.sum()),
-        text_bytes=store.text_bytes(split),
-        mean_length=float(length.mean()) if len(length) else 0.0,
-        median_length=float(np.median(length)) if len(length) else 0.0,
-        longest=int(length.max(initial=0)),
-        used_ids=int(used_V.sum()),
-        vocabulary=n_vocab,
-        duplicates=duplicates,
-    )
+def _differences(document: StoredDocument, digest: int, tokenizer: Tokenizer) -> Iterator[str]:
+    """What a stored document says of itself and is not so."""
+    text = tokenizer.decode_bytes(document.tokens[:-1].tolist())
+    if xxhash.xxh3_64_intdigest(np.ascontiguousarray(document.tokens, dtype=TOKEN_TYPE).data) != digest:
+        yield "has another digest than its index says"
+    if len(text) != document.text_bytes:
+        yield f"has {len(text)} bytes where its index says {document.text_bytes}"
+    if not np.array_equal(tokenizer.encode_array(text.decode("utf-8", "replace")), document.tokens[:-1]):
+        yield "tokenizes to other tokens than are stored"

@@ -163,7 +163,7 @@ def test_every_damaged_source_of_a_merged_dataset_is_named(mix, tmp_path):
     (tmp_path / "more" / "chunks" / "train-00001-00000.tokens").unlink()
     (tmp_path / "data").rename(tmp_path / "gone")
     first, second = verify(mix).issues
-    assert first.where == "data" and "put it back or merge again" in first.what
+    assert first.where == str(tmp_path / "data") and "put it back or merge again" in first.what
     assert second.where.endswith("train-00001-00000.tokens") and "No such file" in second.what
 
 
@@ -194,7 +194,7 @@ def test_no_dataset_at_all_is_an_error_and_no_report(tmp_path):
 def test_the_table_and_the_json_say_the_same(mix):
     report = verify(mix)
     tree = json.loads(report.json())
-    assert tree["good"] and tree["issues"] == [] and tree["path"] == str(mix) and len(tree["statistics"]) == 4
+    assert tree["good"] and tree["issues"] == [] and tree["paths"] == [str(mix)] and len(tree["statistics"]) == 4
     table = report.table()
     for line in tree["statistics"]:
         row = next(row for row in table.splitlines() if row.split()[:2] == [line["source"], line["split"]])
