@@ -1,13 +1,18 @@
 """Turn raw files into a dataset: read, tokenize, and write chunks with a manifest, in parallel with Ray Data.
 
-Reads CSV, TSV, JSON Lines (also .gz and .zst), Parquet, plain text and source code. Rows that cannot be used are not
-lost: they are listed with file, row and reason in quarantine.jsonl. The same command again goes on after an
-interruption, and does nothing when the dataset is there. When files have changed, --update reads just those.
+Reads CSV, TSV, JSON Lines (also .gz and .zst), Parquet, plain text and source code: from this machine, from any URL
+that fsspec reads (https, s3, gs, zip, ...), or from a commit of a git repository, of which nothing is checked out. Rows
+that cannot be used are not lost: they are listed with file, row and reason in quarantine.jsonl. The same command again
+goes on after an interruption, and does nothing when the dataset is there. When files have changed, or a repository has
+moved to another commit, --update reads just what is new.
 
 examples:
   blues prepare --dataset notes.csv --data-cache-dir data/notes
   blues prepare --dataset posts.jsonl.gz --text-column body --id-column url --data-cache-dir data/posts
+  blues prepare --dataset https://example.org/posts.parquet --metadata-columns author date --data-cache-dir data/posts
   blues prepare --input-dir src --vocab-size 4096 --data-cache-dir data/code
+  blues prepare --input-dir work/project --commit v2.0 --data-cache-dir data/project --update
+  blues prepare --dataset git+https://example.org/project.git --commit main --data-cache-dir data/project
 """
 
 from __future__ import annotations
@@ -22,11 +27,22 @@ MOST_LISTED = 6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", metavar="FILE", help="a file of any of the formats above")
+    source.add_argument(
+        "--dataset", metavar="FILE", help="a file of any of the formats above, a URL, or git+URL of a git repository"
+    )
     source.add_argument("--input-dir", metavar="DIR", help="a folder: every file below it that Blues can read")
+    parser.add_argument(
+        "--commit", "--ref", metavar="NAME", help="read a git repository as it is in this commit, branch or tag"
+    )
     parser.add_argument("--data-cache-dir", required=True, metavar="DIR", help="where the dataset is written")
     parser.add_argument("--text-column", metavar="NAME", help="column of the text (default: text, content or code)")
     parser.add_argument("--id-column", metavar="NAME", help="column of the documents' ids (default: file and row)")
+    parser.add_argument(
+        "--metadata-columns", nargs="+", default=(), metavar="NAME", help="columns that are kept beside each document"
+    )
+    parser.add_argument(
+        "--encoding", default="utf-8", metavar="NAME", help="of files without a byte order mark (default: utf-8)"
+    )
     parser.add_argument("--format", metavar="KIND", help="csv, jsonl, parquet, text or source, if the name lies")
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="keep the first N ids of o200k_base (default: all; tiny uses 4096)"
@@ -61,7 +77,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--num-workers must be at least 1, got {args.num_workers}")
     tokenizer = Tokenizer.Config(vocab_size=args.vocab_size)
     planned = plan(
-        args.dataset or args.input_dir, text_column=args.text_column, id_column=args.id_column, kind=args.format
+        args.dataset or args.input_dir,
+        text_column=args.text_column,
+        id_column=args.id_column,
+        metadata_columns=args.metadata_columns,
+        kind=args.format,
+        encoding=args.encoding,
+        commit=args.commit,
+        report=lambda sentence: print(sentence, file=sys.stderr),
     )
     screen = Screen()
     prepared = prepare(

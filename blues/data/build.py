@@ -43,11 +43,7 @@ from blues.errors import DataError
 REQUEST = "request.json"
 """In a growing dataset: what is being made of what, so that only the same command goes on with it."""
 Mode = Literal["prepare", "update", "append"]
-READING = tuple(
-    field.name
-    for field in fields(Part)
-    if field.name not in ("file", "size", "modified", "start", "stop", "row", "bytes")
-)
+READING = tuple(field.name for field in fields(Part) if field.name not in ("entry", "start", "stop", "row", "bytes"))
 """How a part is read, apart from where in its file it lies."""
 RAW = ("prepare", "update", "append")
 """Operations whose versions hold every document of their sources, so that an update can build upon them."""

@@ -10,30 +10,49 @@ Memory: one row, or one Parquet batch, at a time. Rows longer than MAX_DOCUMENT_
 from __future__ import annotations
 
 import csv
-import io
 import json
-import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blues.data import streams
+from blues.data.metadata import Unusable, column_values, jsonable
+from blues.data.places import Entry, Place
+from blues.data.streams import (
+    UTF8,
+    UTF8_MARK,
+    DamagedStream,
+    Lines,
+    LineTooLong,
+    codec,
+    cookie,
+    decode,
+    marked,
+    open_bytes,
+    open_random,
+    open_stream,
+)
 from blues.errors import DataError
 
-MAX_DOCUMENT_BYTES = 16 << 20
+WHOLE = 1 << 62
+"""The end of a part that goes on to the end of its file, however long that is once it is decompressed and decoded."""
 TEXT_DOCUMENT_BYTES = 256 << 10  # a longer text file is cut into documents of about this size
 PARQUET_BATCH_ROWS = 256
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-UTF8_MARK = b"\xef\xbb\xbf"
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+LFS_REASON = "git LFS pointer"
+LFS_DETAIL = "the content is not here; get it with `git lfs pull`"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text to learn from. `id` is unique within a source where the source says so; `source` is its file."""
+    """A text to learn from. `id` is unique within a source where the source says so; `source` is its file.
+
+    `metadata` can be said in JSON."""
 
     text: str
     id: str
@@ -54,110 +73,47 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a file. `start`, `stop`: bytes, or row groups of a Parquet file; `row`: the first row's number.
+    """A piece of a file, and how it is read. `start`, `stop`: bytes, or row groups of a Parquet file; `row`: the first
+    row's number. `encoding`: what a file without a byte order mark is in."""
 
-    `size` and `modified` (nanoseconds) are the file's at planning time: a file that changed since then is refused.
-    """
-
-    file: str
+    entry: Entry
     kind: str  # "csv", "jsonl", "parquet", "text" or "source"
-    size: int
-    modified: int
     start: int
     stop: int
     row: int = 1
     bytes: int = 0  # what it weighs when parts are put into tasks, and in the progress line
     text_column: str | None = None
     id_column: str | None = None
+    metadata_columns: tuple[str, ...] = ()
+    encoding: str = UTF8
     language: str | None = None
+
+    @property
+    def file(self) -> str:
+        return self.entry.file
 
 
 Record = Document | Rejected
 
 
-class DamagedStream(Exception):
-    """A .gz or .zst file is truncated or damaged from here on. (Failing to read the file at all is an OSError.)"""
-
-
-def read_part(root: Path, part: Part) -> Iterator[Record]:
-    """The records of a part, in order; `root` is the folder that the part's file is relative to.
+def read_part(place: Place, part: Part) -> Iterator[Record]:
+    """The records of a part of a file at `place`, in order.
 
     Raises:
-        DataError: the file vanished, cannot be read, or changed since it was planned.
+        DataError: the file vanished, cannot be read, or changed since it was planned, which the last record of a part
+            does not tell but what comes behind it: use none before the iterator ends.
     """
-    path = root / part.file
     try:
-        status = os.stat(path)
-        if (status.st_size, status.st_mtime_ns) != (part.size, part.modified):
-            raise DataError(f"{str(path)!r} changed while it was being prepared; run the command again")
-        yield from READERS[part.kind](path, part)
-    except OSError as error:
-        raise DataError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-
-
-def open_stream(path: Path) -> BinaryIO:
-    """A buffered binary stream over a file, decompressed if its name ends in .gz or .zst."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        return open(path, "rb", buffering=1 << 20)
-    # A small buffer: a read that reaches the damaged place gives nothing of what lies before it.
-    return cast(BinaryIO, io.BufferedReader(_Decompressed(path, compression), buffer_size=1 << 16))
-
-
-class _Decompressed(io.RawIOBase):
-    """The content of a compressed file; damage raises `DamagedStream`."""
-
-    def __init__(self, path: Path, compression: str) -> None:
-        self._stream = pa.input_stream(str(path), compression=compression)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
         try:
-            content = self._stream.read(len(buffer))
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise DamagedStream(" ".join(str(error).split())) from None
-        buffer[: len(content)] = content
-        return len(content)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
-class LineTooLong(Exception):
-    """A line longer than a document may be; the stream stands behind it."""
-
-
-class Lines:
-    """The lines of a binary stream, with `position` (bytes behind the last line) and `count`.
-
-    A line over MAX_DOCUMENT_BYTES is skipped without being held in memory and raises `LineTooLong`.
-    """
-
-    def __init__(self, stream: BinaryIO, start: int = 0) -> None:
-        if start:
-            stream.seek(start)
-        self.stream, self.position, self.count = stream, start, 0
-
-    def __iter__(self) -> Lines:
-        return self
-
-    def __next__(self) -> bytes:
-        line = self.stream.readline(MAX_DOCUMENT_BYTES + 1)
-        if not line:
-            raise StopIteration
-        self.position += len(line)
-        self.count += 1
-        if len(line) <= MAX_DOCUMENT_BYTES:
-            return line
-        while line and not line.endswith(b"\n"):
-            line = self.stream.readline(MAX_DOCUMENT_BYTES)
-            self.position += len(line)
-        raise LineTooLong(f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+            yield from READERS[part.kind](place, part)
+        except (pa.ArrowException, DataError, LookupError, ValueError) as error:
+            place.check(part.entry)  # one that changed need not be what the plan says
+            if isinstance(error, pa.ArrowException):
+                raise DataError(f"{place.where(part.file)} is damaged: {' '.join(str(error).split())}") from None
+            raise
+        place.check(part.entry)
+    except OSError as error:
+        raise DataError(f"cannot read {place.where(part.file)}: {error.strerror or error}") from None
 
 
 class CsvRows:
@@ -169,7 +125,7 @@ class CsvRows:
     """
 
     def __init__(self, stream: BinaryIO, delimiter: str, start: int = 0) -> None:
-        csv.field_size_limit(MAX_DOCUMENT_BYTES)
+        csv.field_size_limit(streams.MAX_DOCUMENT_BYTES)
         self.position, self._delimiter = start, delimiter
         self._lines = _numbered(Lines(stream, start))
         self._again: deque[tuple[bytes, int]] = deque()  # lines of a bad row but its first, to be read again
@@ -232,15 +188,18 @@ def csv_header(rows: Iterator[list[str] | Exception]) -> list[str] | None:
     return first
 
 
-def _read_csv(path: Path, part: Part) -> Iterator[Record]:
+def _read_csv(place: Place, part: Part) -> Iterator[Record]:
     delimiter = csv_delimiter(part.file)
-    with open_stream(path) as stream:
+    stream, encoding = open_stream(place, part.entry, part.encoding)
+    with stream:
         header = csv_header(iter(CsvRows(stream, delimiter)))
     if header is None:
-        raise DataError(f"{str(path)!r} has no header row")
+        raise DataError(f"{place.where(part.file)} has no header row")
     text_at = header.index(part.text_column or "")
     id_at = None if part.id_column is None else header.index(part.id_column)
-    with open_stream(path) as stream:
+    metadata_at = [header.index(column) for column in part.metadata_columns]
+    stream, _ = open_stream(place, part.entry, part.encoding)
+    with stream:
         rows = CsvRows(stream, delimiter, part.start if part.row > 1 else 0)
         row = part.row - 1
         cells: Iterator[list[str] | Exception] = iter(rows)
@@ -260,11 +219,13 @@ def _read_csv(path: Path, part: Part) -> Iterator[Record]:
             elif len(value) != len(header):
                 yield Rejected(part.file, row, "wrong number of fields", f"{len(value)}, the header has {len(header)}")
             else:
-                yield _table_row(part, row, value[text_at], None if id_at is None else value[id_at])
+                metadata = [value[at] for at in metadata_at]
+                yield _table_row(part, row, value[text_at], None if id_at is None else value[id_at], metadata, encoding)
 
 
-def _read_jsonl(path: Path, part: Part) -> Iterator[Record]:
-    with open_stream(path) as stream:
+def _read_jsonl(place: Place, part: Part) -> Iterator[Record]:
+    stream, encoding = open_stream(place, part.entry, part.encoding)
+    with stream:
         lines = Lines(stream, part.start)
         row = part.row - 1
         while lines.position < part.stop:
@@ -279,20 +240,20 @@ def _read_jsonl(path: Path, part: Part) -> Iterator[Record]:
             except DamagedStream as error:
                 yield _damaged_compression(part, row, error)
                 return
-            if line.isspace():
-                continue
-            yield _json_row(part, row, line.removeprefix(UTF8_MARK) if row == 1 else line)
+            if not line.isspace():
+                yield _json_row(part, row, line.removeprefix(UTF8_MARK) if row == 1 else line, encoding)
 
 
-def _damaged_compression(part: Part, row: int, error: DamagedStream) -> Rejected:
-    return Rejected(part.file, row, "damaged compression", f"{error}; this row and all after it are lost")
+def _damaged_compression(part: Part, row: int | None, error: DamagedStream) -> Rejected:
+    lost = "the file is lost" if row is None else "this row and all after it are lost"
+    return Rejected(part.file, row, "damaged compression", f"{error}; {lost}")
 
 
-def _json_row(part: Part, row: int, line: bytes) -> Record:
+def _json_row(part: Part, row: int, line: bytes, encoding: str) -> Record:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Rejected(part.file, row, "invalid UTF-8", f"at byte {error.start} of the line")
+        return Rejected(part.file, row, *_undecodable(encoding, error.start, "of the line"))
     except (ValueError, RecursionError) as error:
         return Rejected(part.file, row, "invalid JSON", str(error))
     if not isinstance(value, dict):
@@ -300,26 +261,36 @@ def _json_row(part: Part, row: int, line: bytes) -> Record:
     for column in (part.text_column, part.id_column):
         if column is not None and column not in value:
             return Rejected(part.file, row, f"no column {column!r}", f"it has {', '.join(map(repr, value))}"[:200])
-    return _table_row(part, row, value[part.text_column], value.get(part.id_column))
+    metadata = [value.get(column) for column in part.metadata_columns]
+    return _table_row(part, row, value[part.text_column], value.get(part.id_column), metadata, encoding)
 
 
-def _read_parquet(path: Path, part: Part) -> Iterator[Record]:
-    columns = [column for column in (part.text_column, part.id_column) if column is not None]
-    with pq.ParquetFile(path) as file:
+def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
+    names = [part.text_column, part.id_column, *part.metadata_columns]
+    columns = list(dict.fromkeys(name for name in names if name is not None))
+    with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
         row = part.row - 1
-        for group in range(part.start, part.stop):
+        for group in range(part.start, min(part.stop, file.num_row_groups)):
             end = row + file.metadata.row_group(group).num_rows
             try:
                 for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=columns):
-                    texts = _text_values(batch.column(part.text_column))
-                    ids = batch.column(part.id_column).to_pylist() if part.id_column else [None] * len(texts)
-                    for text, id in zip(texts, ids, strict=True):
+                    for text, id, *metadata in _parquet_rows(batch, part):
                         row += 1
-                        yield _table_row(part, row, text, id)
+                        yield _table_row(part, row, text, id, metadata, UTF8)
             except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
                 detail = f"row group {group}: {' '.join(str(error).split())}"[:300]
                 yield Rejected(part.file, row + 1, "damaged Parquet rows", detail, rows=end - row)
             row = end
+
+
+def _parquet_rows(batch: pa.RecordBatch, part: Part) -> Iterator[tuple[Any, ...]]:
+    """Text, id and the metadata columns of each row."""
+    texts = _text_values(batch.column(part.text_column))
+    ids = column_values(batch.column(part.id_column)) if part.id_column else [None] * len(texts)
+    metadata = [column_values(batch.column(column)) for column in part.metadata_columns]
+    return zip(texts, ids, *metadata, strict=True)
 
 
 def _text_values(column: pa.Array) -> list[bytes | None]:
@@ -329,35 +300,75 @@ def _text_values(column: pa.Array) -> list[bytes | None]:
     return column.cast(pa.large_binary()).to_pylist()
 
 
-def _read_source(path: Path, part: Part) -> Iterator[Record]:
-    metadata = {} if part.language is None else {"language": part.language}
-    yield _whole_file(path, part, metadata)
+def _read_source(place: Place, part: Part) -> Iterator[Record]:
+    """One document: the file. Python source may name its encoding in its first lines (PEP 263)."""
+    limit, encoding = streams.MAX_DOCUMENT_BYTES, part.encoding
+    size = part.entry.size
+    try:
+        content = b""
+        if size <= limit:
+            with open_bytes(place, part.entry) as stream:
+                content = stream.read(limit + 1)
+            size = max(size, len(content))
+        named = cookie(content) if part.language == "python" else None
+        encoding = marked(content) or (encoding if named is None else codec(named))
+        if encoding != UTF8:
+            content = decode(content, encoding)
+    except DamagedStream as error:
+        yield _damaged_compression(part, None, error)
+    except DataError:
+        yield Rejected(part.file, None, "unknown encoding", f"its first lines name {named!r}")
+    else:
+        if size > limit:
+            yield Rejected(part.file, None, "file too large", f"{size:,} bytes of source in one document")
+        else:
+            yield _whole_file(part, content, encoding)
 
 
-def _read_text(path: Path, part: Part) -> Iterator[Record]:
-    metadata = {} if part.language is None else {"language": part.language}
-    if part.size <= TEXT_DOCUMENT_BYTES:
-        yield _whole_file(path, part, metadata)
-        return
-    with open(path, "rb") as stream:
-        for row, content in enumerate(text_pieces(stream, part.start, part.stop), start=part.row):
-            content = content.removeprefix(UTF8_MARK) if row == 1 else content
-            yield clean_text(content, part.file, row, f"{part.file}:{row}", metadata)
+def _read_text(place: Place, part: Part) -> Iterator[Record]:
+    """The file as one document, or a long one in pieces, numbered like rows."""
+    stream, encoding = open_stream(place, part.entry, part.encoding)
+    row: int | None = None
+    with stream:
+        try:
+            held = b""
+            if part.row == 1:
+                held = stream.read(TEXT_DOCUMENT_BYTES + 1)
+                if len(held) <= TEXT_DOCUMENT_BYTES:
+                    yield _whole_file(part, held, encoding)
+                    return
+            else:
+                stream.seek(part.start)
+            row = part.row
+            for content in text_pieces(stream, part.start, part.stop, held):
+                content = content.removeprefix(UTF8_MARK) if row == 1 else content
+                yield clean_text(content, part.file, row, f"{part.file}:{row}", _about(part), encoding)
+                row += 1
+        except DamagedStream as error:
+            yield _damaged_compression(part, row, error)
 
 
-def _whole_file(path: Path, part: Part, metadata: dict[str, Any]) -> Record:
-    if part.size > MAX_DOCUMENT_BYTES:
-        return Rejected(part.file, None, "file too large", f"{part.size:,} bytes of source in one document")
-    return clean_text(path.read_bytes().removeprefix(UTF8_MARK), part.file, None, part.file, metadata)
+def _whole_file(part: Part, content: bytes, encoding: str) -> Record:
+    if is_lfs_pointer(content):
+        return Rejected(part.file, None, LFS_REASON, LFS_DETAIL)
+    return clean_text(content.removeprefix(UTF8_MARK), part.file, None, part.file, _about(part), encoding)
 
 
-def text_pieces(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+def _about(part: Part) -> dict[str, Any]:
+    return {} if part.language is None else {"language": part.language}
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file is what git LFS leaves in the place of a large file."""
+    return len(content) < 1024 and content.startswith(LFS_MARK)
+
+
+def text_pieces(stream: BinaryIO, start: int, stop: int, held: bytes = b"") -> Iterator[bytes]:
     """Cut a text at the last empty line (else line end, else blank, else character) within TEXT_DOCUMENT_BYTES.
 
     Each cut depends only on where the piece before ended, so that parts that start at cuts give the same pieces.
+    `held`: what was read already from `start` on.
     """
-    stream.seek(start)
-    held = b""
     while start < stop:
         held += stream.read(TEXT_DOCUMENT_BYTES + 1 - len(held))
         if not held:
@@ -378,7 +389,7 @@ def _cut(content: bytes) -> int:
     return at
 
 
-def _table_row(part: Part, row: int, text: Any, id: Any) -> Record:
+def _table_row(part: Part, row: int, text: Any, id: Any, values: Sequence[Any], encoding: str) -> Record:
     """A row of a table as a document; text may come as str, or as bytes that are to be UTF-8."""
     if text is None:
         return Rejected(part.file, row, "no text", f"column {part.text_column!r} is null")
@@ -386,23 +397,32 @@ def _table_row(part: Part, row: int, text: Any, id: Any) -> Record:
         return Rejected(part.file, row, "not text", f"column {part.text_column!r} holds a {type(text).__name__}")
     if part.id_column is None:
         id = f"{part.file}:{row}"
-    elif id is None or id == "" or isinstance(id, (dict, list)):
+    elif id is None or id == "" or isinstance(id, (dict, list, Unusable)):
         return Rejected(part.file, row, "no id", f"column {part.id_column!r} holds {id!r}"[:200])
-    return clean_text(text, part.file, row, str(id), {})
+    metadata = {}
+    for column, value in zip(part.metadata_columns, values, strict=True):
+        try:
+            if isinstance(value, Unusable):
+                raise value
+            metadata[column] = jsonable(value)
+        except Unusable as error:
+            return Rejected(part.file, row, "unusable metadata", f"column {column!r}: {error}")
+    return clean_text(text, part.file, row, str(id), metadata, encoding)
 
 
-def clean_text(text: str | bytes, file: str, row: int | None, id: str, metadata: dict[str, Any]) -> Record:
-    """The document, unless its text is empty, not UTF-8, holds a NUL (binary or damaged), or is too long."""
+def clean_text(
+    text: str | bytes, file: str, row: int | None, id: str, metadata: dict[str, Any], encoding: str = UTF8
+) -> Record:
+    """The document, unless its text is empty, could not be decoded, holds a NUL (binary or damaged), or is too long."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         size = len(text.encode("utf-8"))
         id.encode("utf-8")
     except UnicodeError as error:
-        start = getattr(error, "start", 0)
-        return Rejected(file, row, "invalid UTF-8", f"at position {start}")
-    if size > MAX_DOCUMENT_BYTES:
-        return Rejected(file, row, "row too long", f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+        return Rejected(file, row, *_undecodable(encoding, getattr(error, "start", 0), ""))
+    if size > streams.MAX_DOCUMENT_BYTES:
+        return Rejected(file, row, "row too long", f"longer than {streams.MAX_DOCUMENT_BYTES >> 20} MiB")
     if "\0" in text:
         return Rejected(file, row, "NUL byte", f"at position {text.index(chr(0))}: binary or damaged")
     if not text or text.isspace():
@@ -410,7 +430,14 @@ def clean_text(text: str | bytes, file: str, row: int | None, id: str, metadata:
     return Document(text, id, file, metadata)
 
 
-READERS: dict[str, Callable[[Path, Part], Iterator[Record]]] = {
+def _undecodable(encoding: str, position: int, of: str) -> tuple[str, str]:
+    """Reason and detail of bytes that are not in the encoding they should be in."""
+    name = "UTF-8" if encoding == UTF8 else encoding
+    where = f"at position {position} {of}".rstrip()
+    return f"invalid {name}", f"{where}; say what encoding it is in with --encoding"
+
+
+READERS: dict[str, Callable[[Place, Part], Iterator[Record]]] = {
     "csv": _read_csv,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

@@ -21,6 +21,7 @@ import xxhash
 from blues import config as cfg
 from blues.data.chunks import ChunkRecord, ChunkWriter, Compression
 from blues.data.manifest import encode_json
+from blues.data.places import Place
 from blues.data.readers import Document, Part, Rejected, read_part
 from blues.data.store import SPLITS
 from blues.data.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ class Recipe:
 
 
 def run_task(
-    directory: Path, number: int, place: Path, parts: Sequence[Part], tokenizer: Tokenizer, recipe: Recipe
+    directory: Path, number: int, place: Place, parts: Sequence[Part], tokenizer: Tokenizer, recipe: Recipe
 ) -> TaskResult:
     """Do task `number` of the dataset that grows in `directory`.
 
@@ -149,7 +150,7 @@ def run_task(
     return result
 
 
-def _batches(place: Path, parts: Sequence[Part]) -> Iterator[tuple[list[Document], list[Rejected]]]:
+def _batches(place: Place, parts: Sequence[Part]) -> Iterator[tuple[list[Document], list[Rejected]]]:
     """Some documents at a time, about BATCH_CHARACTERS, so that a tokenizer is not called for each."""
     documents: list[Document] = []
     rejected: list[Rejected] = []

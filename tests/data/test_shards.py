@@ -146,7 +146,7 @@ def test_a_task_that_fails_leaves_no_chunk_and_no_result(plan, tmp_path, monkeyp
 
 
 def test_a_source_that_changed_since_it_was_planned_is_refused(plan, tmp_path):
-    file = plan.root / "rows.jsonl"
+    file = plan.root.folder / "rows.jsonl"
     file.write_text(file.read_text().replace("row 3", "row 9"))
     with pytest.raises(DataError, match=r"rows.jsonl' changed while it was being prepared; run the command again"):
         work(plan, tmp_path / "out", numbers=[1])
