@@ -108,15 +108,9 @@ def flat_shingles(tokens_T: np.ndarray, ends_D: np.ndarray, ngram: int) -> np.nd
         tokens_T: uint32[T]. ends_D: int64[D], the exclusive end of each document; the last is T.
     """
     hashes_T = tokens_T.astype(np.uint64)
+    rolled = _roll(hashes_T, ngram)
     if ngram > 1:
-        tokens, last = hashes_T, max(0, len(hashes_T) - ngram + 1)
-        rolling = tokens[:last] * _MULTIPLIER
-        for place in range(1, ngram - 1):
-            rolling += tokens[place : last + place]
-            rolling *= _MULTIPLIER
-        rolling += tokens[ngram - 1 : last + ngram - 1]
-        hashes_T = np.empty_like(tokens)
-        hashes_T[:last] = rolling
+        hashes_T[: len(rolled)] = rolled
     starts_D = np.concatenate(([0], ends_D[:-1]))
     long = ends_D - starts_D >= ngram
     for back in range(1, ngram):
@@ -124,6 +118,16 @@ def flat_shingles(tokens_T: np.ndarray, ends_D: np.ndarray, ngram: int) -> np.nd
     for start, end in zip(starts_D[~long].tolist(), ends_D[~long].tolist(), strict=True):
         hashes_T[start:end] = _short_shingle(tokens_T[start:end])
     return hashes_T
+
+
+def _roll(tokens: np.ndarray, ngram: int) -> np.ndarray:
+    """The hash of each run of `ngram` tokens: uint64[n] -> uint64[max(0, n - ngram + 1)], a polynomial modulo 2**64."""
+    count = max(0, len(tokens) - ngram + 1)
+    hashes = tokens[:count]
+    for place in range(1, ngram):
+        hashes = np.multiply(hashes, _MULTIPLIER, out=None if place == 1 else hashes)
+        hashes += tokens[place : count + place]
+    return hashes
 
 
 def _short_shingle(tokens: np.ndarray) -> np.uint64:
@@ -139,8 +143,10 @@ def shingle_set(tokens: np.ndarray, ngram: int) -> np.ndarray:
     """
     if len(tokens) < ngram:
         return np.array([_short_shingle(tokens)])
-    hashes = np.sort(flat_shingles(tokens, np.array([len(tokens)]), ngram)[: len(tokens) - ngram + 1])
-    return hashes[np.concatenate(([True], hashes[1:] != hashes[:-1]))]
+    hashes = np.sort(_roll(tokens.astype(np.uint64), ngram))
+    first = np.ones(len(hashes), dtype=bool)
+    np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
+    return hashes[first]
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> float:

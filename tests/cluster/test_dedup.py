@@ -205,4 +205,4 @@ def test_the_result_is_the_same_on_a_cluster(tmp_path, monkeypatch):
         for row in removed_of(there.after[0])
     ]
     assert len(here.summary.removed) == 30 and here.after[0].fingerprint == there.after[0].fingerprint
-    assert seen.count("signatures") > 5 and set(seen) == {"signatures", "near"}
+    assert seen.count("signatures") > 5 and set(seen) == {"signatures", "near", "choice"}
