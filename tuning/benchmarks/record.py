@@ -160,10 +160,21 @@ class Record:
                 rows.append([_label(measurement), *("" if spread is None else str(spread) for spread in spreads)])
         lines += [f"  {line}" for line in align(rows)] if len(rows) > 1 else []
         lines += [f"  {_label(measurement)}: {_why(measurement)}" for measurement in own if measurement.problem]
+        lines += self._load(own)
         for figure in (figure for figure in self.figures if figure.group == name):
             verdict = "" if figure.met is None else f", goal {figure.goal}: {'met' if figure.met else 'NOT met'}"
             lines.append(f"  = {figure.name}: {figure.spread} {figure.unit}{verdict}")
         return lines
+
+    def _load(self, own: Sequence[Measurement]) -> list[str]:
+        """How busy the machine was with other work when the runs began, if it was."""
+        loads = [run["load"][0] for measurement in own for run in measurement.runs]
+        cores = len(os.sched_getaffinity(0))
+        if max(loads, default=0.0) <= cores:
+            return []
+        return [
+            f"  the machine was busy: load {min(loads):.1f} to {max(loads):.1f} on {cores} cores; trust rates a core"
+        ]
 
 
 def _label(measurement: Measurement) -> str:

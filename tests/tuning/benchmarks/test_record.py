@@ -16,9 +16,10 @@ VALUES = st.lists(st.floats(0.01, 1e6), min_size=1, max_size=6)
 
 def record(tmp_path) -> Record:
     made = Record(tmp_path / "r.json", {"seed": 3}, groups={"loader": {"title": "windows"}})
+    runs = [{"MB/s": 800.0, "open ms": 2.0, "load": (0.1, 0.1, 0.1)} for _ in range(2)]
     made.measurements += [
-        Measurement("loader", "ours", "blues", "", ("MB/s", "open ms"), runs=[{"MB/s": 800.0, "open ms": 2.0}] * 2),
-        Measurement("loader", "theirs", "peer", "", ("MB/s", "s"), runs=[{"MB/s": 90.0}]),
+        Measurement("loader", "ours", "blues", "", ("MB/s", "open ms"), runs=runs),
+        Measurement("loader", "theirs", "peer", "", ("MB/s", "s"), runs=[{"MB/s": 90.0, "load": (0.1, 0.1, 0.1)}]),
         Measurement("loader", "absent", "peer", "", ("MB/s",), problem="x not installed; pip install x", skipped=True),
         Measurement("loader", "broken", "peer", "", ("MB/s",), problem="it fell over"),
     ]
@@ -64,6 +65,16 @@ def test_the_table_shows_what_was_measured_skipped_and_lost(tmp_path):
     assert "  peer       broken: FAILED: it fell over" in lines
     assert "  = windows: 800 ± 0.000 MB/s, goal >= 500: met" in lines
     assert "  = open: 2.00 ms, goal <= 1.00: NOT met" in lines
+
+
+def test_a_busy_machine_is_told(tmp_path):
+    made = record(tmp_path)
+    for measurement in made.measurements:
+        for run in measurement.runs:
+            run["load"] = (0.0, 0.0, 0.0)
+    assert "busy" not in made.table()
+    made.measurements[0].runs[0]["load"] = (5000.0, 0.0, 0.0)
+    assert "  the machine was busy with other work, load 0.0 to 5000.0 on " in made.table()
 
 
 def test_the_file_holds_everything_that_decides_a_figure(tmp_path):

@@ -6,6 +6,7 @@ tokenizer that remembers what it has seen must not profit from copies of a modul
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -113,6 +114,9 @@ def _python_files(root: Path) -> Iterator[str]:
 
 
 def _is_text(content: bytes) -> bool:
+    """UTF-8 without a byte order mark, which some readers take for text and others do not."""
+    if content.startswith(codecs.BOM_UTF8):
+        return False
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:

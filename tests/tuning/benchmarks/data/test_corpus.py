@@ -15,6 +15,7 @@ FILES = {
     "package/copy_of_a.py": b"a = 1\n",
     "package/empty.py": b"",
     "package/latin.py": b"# caf\xe9\n",
+    "package/marked.py": b"\xef\xbb\xbfd = 4\n",
     "package/notes.txt": b"no code",
     ".hidden/c.py": b"c = 3\n",
     "__pycache__/d.py": b"d = 4\n",
