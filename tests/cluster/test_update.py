@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,44 @@ def test_an_update_killed_while_it_is_published_is_done_again(raw, tmp_path, mon
     updated = run(raw, tmp_path / "data", "update").store
     assert updated.version == 2
     assert_same(updated, run(raw, tmp_path / "fresh").store)
+
+
+# git.
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def commit(folder: Path) -> str:
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "change")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def test_from_commit_to_commit(raw, tmp_path):
+    """Changed, added, deleted and renamed files; nothing is checked out, so the working tree may hold anything."""
+    git(raw, "init", "--quiet")
+    first = commit(raw)
+    (raw / "f001.py").write_text("changed = True\n")
+    (raw / "f002.py").unlink()
+    (raw / "f003.py").rename(raw / "folder of its own.py")
+    (raw / "new.py").write_text("new = True\n")
+    second = commit(raw)
+    (raw / "f004.py").write_text("not committed\n")
+
+    def at(name: str, revision: str, mode: str = "prepare") -> Prepared:
+        return prepare(sources.plan(raw, commit=revision), tmp_path / name, TOKENIZER, mode=mode)
+
+    old = at("data", first).store
+    assert old.manifest["sources"][0]["commit"] == first
+    updated = at("data", second, "update").store
+    assert_same(updated, at("fresh", second).store)
+    assert updated.manifest["sources"][0]["commit"] == second
+    operation = updated.manifest["operation"]
+    assert operation["files_removed"] == 2 and operation["files_read"] <= 3 + 1, "and the one that is never usable"
+    back = at("data", first, "update").store
+    assert_same(back, at("first", first).store)
+    assert back.fingerprint == old.fingerprint and back.version == 3
