@@ -172,9 +172,8 @@ class Record:
         cores = len(os.sched_getaffinity(0))
         if max(loads, default=0.0) <= cores:
             return []
-        return [
-            f"  the machine was busy: load {min(loads):.1f} to {max(loads):.1f} on {cores} cores; trust rates a core"
-        ]
+        busy = f"load {min(loads):.1f} to {max(loads):.1f} on {cores} cores"
+        return [f"  the machine was busy with other work, {busy}; trust rates a core"]
 
 
 def _label(measurement: Measurement) -> str:
