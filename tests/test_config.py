@@ -45,6 +45,12 @@ class Layer(cfg.Config):
 
 
 @cfg.configclass
+class Stage(cfg.Config):
+    start: int
+    rates: tuple[float, ...] = (1.0,)
+
+
+@cfg.configclass
 class Tree(cfg.Config):
     name: str
     layer: Layer | None = Layer()
@@ -53,6 +59,7 @@ class Tree(cfg.Config):
     flag: bool = False
     seed: int | None = None
     folder: Path = Path("runs")
+    stages: tuple[Stage, ...] = ()
 
 
 def test_build_makes_the_owner_with_its_config_and_runtime() -> None:
@@ -88,6 +95,7 @@ trees = st.builds(
     limits=st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
     flag=st.booleans(),
     seed=st.none() | st.integers(),
+    stages=st.lists(st.builds(Stage, start=st.integers()), max_size=2).map(tuple),
 )
 
 
@@ -113,6 +121,24 @@ def test_overrides_reach_any_depth_and_keep_the_rest() -> None:
     assert changed.rates == (1.0, 2.0) and changed.flag is True and changed.seed == 7
     assert base == Tree(name="a")
     assert cfg.difference(base, changed)["layer.top_k"] == (2, 1)
+
+
+def test_a_list_of_groups_is_read_whole_and_its_errors_say_where() -> None:
+    base = Tree(name="a")
+    changed = base.override(cfg.parse_overrides(["stages=[{start: 3, rates: [1, 0]}, {start: 7}]"]))
+    assert changed.stages == (Stage(start=3, rates=(1.0, 0.0)), Stage(start=7))
+    assert cfg.difference(base, changed) == {
+        "stages": ([], [{"start": 3, "rates": [1.0, 0.0]}, {"start": 7, "rates": [1.0]}])
+    }
+    for text, message in (
+        ("[{strat: 3}]", r"unknown key 'stages\[0\].strat'.*Did you mean 'start'"),
+        ("[{start: 1}, {rates: [1]}]", r"missing value for 'stages\[1\].start'"),
+        ("[{start: x}]", r"stages\[0\].start: expected int, got 'x'"),
+        ("{start: 1}", "stages: expected a list"),
+        ("[1]", r"stages\[0\]: expected a mapping of fields, got 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            base.override(cfg.parse_overrides([f"stages={text}"]))
 
 
 def test_naming_a_variant_by_override_gives_its_defaults() -> None:

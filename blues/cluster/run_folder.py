@@ -27,7 +27,10 @@ DRIVER_LOCK, WORKER_LOCK = ".driver.lock", ".worker.lock"
 OWN = (EXPERIMENT, RECORD, METRICS, TRACKING, CHECKPOINTS, FIGURES, LOGS, RAY, DRIVER_LOCK, WORKER_LOCK)
 
 FREE = (
-    "data.path",  # what it holds is compared by the checkpoint's data fingerprint
+    "data.path",  # what it holds is compared by the checkpoint's data fingerprint, and
+    "data.phases",  # so is whether they leave the samples alone that were trained on
+    "data.max_cached_batches",
+    "data.pin_memory",
     "training.parallel",
     "training.micro_batch_size",
     "training.log_every",

@@ -30,6 +30,7 @@ from blues import config as cfg
 from blues import errors
 from blues.cluster import run_folder, session
 from blues.cluster.progress import Progress, duration
+from blues.data.batches import Mixture
 from blues.errors import BluesError, ClusterError, ConfigError
 from blues.evaluation.unigram import unigram_entropy
 from blues.experiment import Experiment
@@ -88,7 +89,7 @@ def run_training(
         KeyboardInterrupt: a second Ctrl-C, or one before training began.
     """
     screen = Progress(experiment.name, experiment.training.steps, out=out) if progress else None
-    fingerprint = _open_data(experiment)
+    data = _open_data(experiment)
     if session.resolve(address) == session.LOCAL and not session.is_connected():
         choose_device(experiment, torch.cuda.device_count(), all_there_is=True)  # before anything is written
     with run_folder.hold(run_dir, experiment, fresh=fresh) as folder:
@@ -96,26 +97,27 @@ def run_training(
         start = 0
         if newest:
             checkpoint = read_checkpoint(newest, verify=False)
-            checkpoint.check_data(fingerprint, experiment.data.path)
             start = checkpoint.step
+            samples = start * experiment.training.global_batch_size
+            checkpoint.check_data(data.fingerprint_until(samples), samples, cfg.dump(experiment))
         if start >= experiment.training.steps:
             return _finished_before(experiment, folder, screen)
         if tracker is not None:
-            return _Run(experiment, folder, tracker, screen, on_event, fingerprint).execute(address)
+            return _Run(experiment, folder, tracker, screen, on_event, data.fingerprint).execute(address)
         own: Tracking = experiment.tracking.build(run_dir=folder, run_name=experiment.name, resume_step=start)
         with own:
-            result = _Run(experiment, folder, own, screen, on_event, fingerprint).execute(address)
+            result = _Run(experiment, folder, own, screen, on_event, data.fingerprint).execute(address)
             if result.interrupted:
                 own.outcome = "KILLED"
         return result
 
 
-def _open_data(experiment: Experiment) -> str:
-    """Open both splits here first, where an error is one sentence at once; the fingerprint of the training data."""
-    data = experiment.data.build(split="train")
+def _open_data(experiment: Experiment) -> Mixture:
+    """Open both splits here first, where an error is one sentence at once; the training data."""
+    data: Mixture = experiment.data.build(split="train")
     if experiment.training.validation_samples:
         experiment.data.build(split="validation")
-    return data.fingerprint
+    return data
 
 
 def _finished_before(experiment: Experiment, folder: Path, screen: Progress | None) -> TrainingResult:

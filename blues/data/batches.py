@@ -1,55 +1,80 @@
-"""Training batches from a prepared dataset or a mixture: a pure function from a sample index to its tokens.
+"""Training batches from a prepared dataset or a mixture: a pure function from a sample's index to its tokens.
 
-In: a dataset directory, a sequence length, a seed. Out: `Mixture.sample(index)` for every index >= 0, the same on any
+In: a dataset directory, a sequence length, a seed. Out: `Mixture.batch(indices)` for any indices >= 0, the same on any
 machine and for any number of ranks, so that resuming needs no state but the step.
 
-- Which source: Tijdeman's solution of the chairman assignment problem (Discrete Mathematics 32, 1980). At every prefix
-  of N samples, source s was drawn w_s N times, give or take less than one. Not random, so no run is unlucky.
-- Which window: a source is its tokens end to end, cut into windows of T + 1 tokens that overlap by one. Each pass over
-  a source visits all its windows once, in the order of a keyed permutation (a Feistel network with cycle walking:
-  Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), with a key of its own for every pass.
+The index gives the source and its draw (blues/data/schedule.py: weights hold at every prefix, and may change in the
+middle of a run), the draw a window (each pass over a source visits all its windows once, in an order of its own), and
+the window its tokens (blues/data/packing.py). Reading ahead (blues/data/prefetch.py) changes nothing but the time.
 
-Legend: B samples of a batch, T sequence length.
+Legend: n indices, B samples of a batch, T sequence length.
 """
 
 from __future__ import annotations
 
 import functools
-import heapq
 import math
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from fractions import Fraction
-from queue import Empty, Full, Queue
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
 
 from blues import config as cfg
 from blues.data import merge
 from blues.data import tokenizer as tok
+from blues.data.packing import Packing, Stream
+from blues.data.prefetch import read_ahead
+from blues.data.schedule import Schedule, Stretch, permute_all, round_weights, shares_of
 from blues.errors import ConfigError, DataError
 
-# Weights whose common denominator is larger are rounded to this one: the schedule of one period is kept in memory.
-MAX_PERIOD = 1 << 16
-FEISTEL_ROUNDS = 6
-MASK = (1 << 64) - 1
-
-
-class Sample(NamedTuple):
-    """One window: tokens int64[T + 1] (inputs are all but the last, targets all but the first); its source's number."""
-
-    tokens: torch.Tensor
-    source: int
+PLANNED_SAMPLES = 1 << 10
+"""When reading ahead, the windows of so many samples are found at a time: it costs hardly more than those of eight."""
 
 
 class Batch(NamedTuple):
-    """Some windows: tokens int64[B, T + 1], sources int64[B]."""
+    """Some samples."""
 
-    tokens: torch.Tensor
-    sources: torch.Tensor
+    inputs: Tensor
+    """int64[B, T]."""
+    targets: Tensor
+    """int64[B, T]: the token after each input; -100 where the input is padding."""
+    sources: Tensor
+    """int64[B]: the number of the source of each sample."""
+    documents: Tensor | None
+    """int32[B, T]: equal where two inputs of a row are of the same document; None if attention may cross documents."""
+
+    def to(self, device: torch.device) -> Batch:
+        """On a device; from pinned memory the copy runs beside the computation."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """In page-locked memory of the current CUDA device."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        documents = None if self.documents is None else function(self.documents)
+        return Batch(function(self.inputs), function(self.targets), function(self.sources), documents)
+
+
+@cfg.configclass
+class Phase(cfg.Config):
+    """From sample `start` of the run on (counted over all workers: update x global batch size), sources are drawn with
+    these weights, one for each source of the dataset in its order, on any scale. 0 pauses a source. Weights with a
+    common denominator above 65,536 are rounded to it."""
+
+    start: int
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ConfigError(f"start: {self.start} must be a sample's index, 0 or more")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
+            raise ConfigError(f"weights: {list(self.weights)} must be zero or positive numbers, at least one positive")
 
 
 class Mixture(cfg.Configurable):
@@ -57,24 +82,46 @@ class Mixture(cfg.Configurable):
 
     @cfg.configclass
     class Config(cfg.Config):
-        """`path` is a directory made by `blues prepare` or `blues merge`; `sequence_length` is T, in tokens."""
+        """What is read, and in what order.
+
+        path: a directory made by `blues prepare` or `blues merge`. sequence_length: T, in tokens. packing: how
+        documents become sequences of that length. isolate_documents: whether attention stays within each document.
+        phases: changes of the dataset's weights in the course of training, by rising start; each source goes on where
+        it stood. They may change between two starts of a run, from the sample it has come to. max_cached_batches:
+        batches that wait ready in each worker, 0 to read each when it is asked for. pin_memory: read into page-locked
+        memory; `auto` where training runs on CUDA.
+        """
 
         path: str = ""
         sequence_length: int = 2048
         seed: int = 0
         tokenizer: tok.Tokenizer.Config = tok.Tokenizer.Config()
+        packing: Packing.Config = Stream.Config()
+        isolate_documents: bool = False
+        phases: tuple[Phase, ...] = ()
+        max_cached_batches: int = 8
+        pin_memory: bool | Literal["auto"] = "auto"
 
         def __post_init__(self) -> None:
             if self.sequence_length < 1:
                 raise ConfigError(f"sequence_length: {self.sequence_length} must be at least 1")
+            if self.max_cached_batches < 0:
+                raise ConfigError(f"max_cached_batches: {self.max_cached_batches} must be at least 0")
+            for number, (phase, following) in enumerate(zip(self.phases, self.phases[1:], strict=False)):
+                if phase.start >= following.start:
+                    raise ConfigError(
+                        f"phases[{number + 1}].start: {following.start} must be above that of the phase before, "
+                        f"{phase.start}"
+                    )
 
     config: Config
 
     def __init__(self, config: Config, *, split: str = "train") -> None:
-        """Open the dataset.
+        """Open the dataset, and plan its windows.
 
         Raises:
             DataError: no path, a damaged dataset, another tokenizer, or a source too small for one window.
+            ConfigError: phases that do not fit the sources.
         """
         if not config.path:
             raise DataError("no dataset: name one with --data-cache-dir DIR (or data.path=DIR)")
@@ -82,101 +129,150 @@ class Mixture(cfg.Configurable):
         self.dataset = merge.open_dataset(config.path)
         self._check_tokenizer()
         self.source_names = list(self.dataset.names)
-        self.num_windows = [
-            max(0, store.num_tokens(split) - 1) // config.sequence_length for store in self.dataset.stores
-        ]
-        self._shares = period_shares(self.dataset.weights)
+        self._stretches = self._plan_stretches()
+        packing: Packing = config.packing.build()
+        self._windows = [packing.pack(store, split, config.sequence_length) for store in self.dataset.stores]
+        self.num_windows = [windows.num_windows for windows in self._windows]
         self._check_sizes()
-        self._schedule = chairman_schedule(self._shares)
-        self._ranks = _rank_within_source(self._schedule, len(self._shares))
+        self._schedule = Schedule(self._stretches)
 
-    @property
-    def weights(self) -> list[float]:
-        """Share of each source among the samples; sums to 1."""
-        period = sum(self._shares)
-        return [share / period for share in self._shares]
+    def weights_at(self, index: int = 0) -> list[float]:
+        """Share of each source among the samples around `index`; sums to 1."""
+        shares = [stretch.shares for stretch in self._stretches if stretch.start <= index][-1]
+        return [share / sum(shares) for share in shares]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with anything `sample` depends on, apart from the split and the path."""
-        parts = [self.dataset.fingerprint, self._shares, self.config.sequence_length, self.config.seed]
-        return xxhash.xxh3_64_hexdigest(repr(parts).encode())
+        """16 hexadecimal digits that change with any token of any sample; not with the path, nor with the split."""
+        return self._fingerprint(self._stretches)
+
+    def fingerprint_until(self, index: int) -> str:
+        """Like `fingerprint`, of the samples before `index` alone: phases that start there or later leave it as it is.
+
+        For as long as a run has read no further, it may go on with any data that have the same one."""
+        return self._fingerprint([stretch for stretch in self._stretches if stretch.start < max(1, index)])
 
     @property
     def num_samples_per_epoch(self) -> int:
         """As many samples as there are windows in all sources: one pass over the data if weights are proportional."""
         return sum(self.num_windows)
 
-    def source_of(self, index: int) -> int:
-        """Number of the source that sample `index` comes from."""
-        return int(self._schedule[index % len(self._schedule)])
+    def windows_of(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source and window of each sample: int64[n], int64[n].
 
-    def window_of(self, index: int) -> tuple[int, int]:
-        """(source, window) of sample `index`, an integer >= 0."""
-        period, position = divmod(index, len(self._schedule))
-        source = int(self._schedule[position])
-        draw = period * self._shares[source] + int(self._ranks[position])
-        epoch, place = divmod(draw, self.num_windows[source])
-        # What is held out is the same for every seed: runs with other seeds are measured on the same windows.
-        seed = self.config.seed if self.split == "train" else 0
-        key = f"{seed}:{self.dataset.stores[source].fingerprint}:{self.split}:{epoch}"
-        return source, permute(place, self.num_windows[source], xxhash.xxh3_64_intdigest(key.encode()))
+        There is no last sample: a source that is used up starts over in another order.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and indices.min() < 0:
+            raise IndexError(f"sample {indices.min()}: indices start at 0")
+        sources, draws = self._schedule.draws(indices)
+        windows = np.empty_like(draws)
+        for source in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == source)
+            epochs, places = np.divmod(draws[here], self.num_windows[source])
+            different, which = np.unique(epochs, return_inverse=True)
+            keys = np.array([self._key(source, epoch) for epoch in different.tolist()], dtype=np.uint64)
+            windows[here] = permute_all(places, self.num_windows[source], keys[which])
+        return sources, windows
 
-    def sample(self, index: int) -> Sample:
-        """Sample `index` >= 0; there is no last one: a source that is used up starts over in another order."""
-        if index < 0:
-            raise IndexError(f"sample {index}: indices start at 0")
-        source, window = self.window_of(index)
-        length = self.config.sequence_length
-        tokens = self.dataset.stores[source].read(self.split, window * length, window * length + length + 1)
-        return Sample(torch.from_numpy(tokens.astype(np.int64)), source)
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The samples of these indices, in their order."""
+        return self.read(*self.windows_of(indices))
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples of `indices`, stacked."""
-        samples = [self.sample(index) for index in indices]
+    def read(self, sources: NDArray[np.int64], windows: NDArray[np.int64]) -> Batch:
+        """These windows of these sources, int64[B] each, in their order."""
+        shape = (len(sources), self.config.sequence_length)
+        inputs, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        documents = np.empty(shape, dtype=np.int32) if self.config.isolate_documents else None
+        present = np.unique(sources).tolist()
+        for source in present:
+            rows = slice(None) if len(present) == 1 else np.flatnonzero(sources == source)
+            self._windows[source].fill(windows[rows], rows, inputs, targets, documents)
         return Batch(
-            torch.stack([sample.tokens for sample in samples]),
-            torch.tensor([sample.source for sample in samples], dtype=torch.int64),
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            torch.from_numpy(sources),
+            None if documents is None else torch.from_numpy(documents),
         )
 
-    def prefetch(self, index_lists: Iterable[Sequence[int]], depth: int = 2) -> Iterator[Batch]:
-        """`batch(indices)` for each element of `index_lists`, read up to `depth` batches ahead in a thread.
+    def num_targets(self, indices: Sequence[int] | NDArray[np.int64]) -> int:
+        """Targets that are not padding in these samples together; reads no tokens."""
+        if not any(windows.padded for windows in self._windows):
+            return len(indices) * self.config.sequence_length
+        sources, windows = self.windows_of(indices)
+        return sum(
+            int(self._windows[source].num_targets(windows[sources == source]).sum())
+            for source in np.unique(sources).tolist()
+        )
 
-        An error while reading is raised at the batch it belongs to. Closing the iterator ends the thread.
+    def prefetch(
+        self, index_lists: Iterable[Sequence[int]], device: torch.device | None = None
+    ) -> Generator[Batch, None, None]:
+        """`batch(indices)` for each element of `index_lists`, read ahead in a thread as the configuration says.
+
+        `device`: where the batches will be used; for CUDA they come in pinned memory, unless pin_memory is false.
+        An error while reading is raised at the batch it belongs to. Closing the generator ends the thread.
+
+        Raises:
+            ConfigError: pin_memory is true and there is no CUDA.
         """
-        queue: Queue[Batch | BaseException | None] = Queue(maxsize=max(1, depth))
-        stop = threading.Event()
-        thread = threading.Thread(target=self._read_ahead, args=(index_lists, queue, stop), daemon=True)
-        thread.start()
-        try:
-            while (item := queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            while thread.is_alive():  # make room so that a waiting put can see the end
-                try:
-                    queue.get_nowait()
-                except Empty:
-                    thread.join(timeout=0.05)
+        on_cuda = device is not None and device.type == "cuda"
+        pinned = on_cuda if self.config.pin_memory == "auto" else self.config.pin_memory
+        if pinned and not torch.cuda.is_available():
+            raise ConfigError("data.pin_memory=true needs CUDA, and there is none here; set data.pin_memory=auto")
+        own = torch.cuda.current_device() if pinned else None
 
-    def _read_ahead(self, index_lists: Iterable[Sequence[int]], queue: Queue, stop: threading.Event) -> None:
-        def put(item: Batch | BaseException | None) -> None:
-            while not stop.is_set():
-                try:
-                    return queue.put(item, timeout=0.1)
-                except Full:
-                    continue
+        def load(plan: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Batch:
+            batch = self.read(*plan)
+            if not pinned:
+                return batch
+            with torch.cuda.device(own):  # every thread has a current device of its own, at first number 0
+                return batch.pin()
 
+        return read_ahead(load, self._plan(index_lists), self.config.max_cached_batches)
+
+    def _plan(self, index_lists: Iterable[Sequence[int]]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """`windows_of` each list."""
+        for group in _grouped(index_lists, PLANNED_SAMPLES):
+            sources, windows = self.windows_of(np.concatenate(group))
+            borders = np.cumsum([len(indices) for indices in group])[:-1]
+            yield from zip(np.split(sources, borders), np.split(windows, borders), strict=True)
+
+    def _key(self, source: int, epoch: int) -> int:
+        # What is held out is the same for every seed: runs with other seeds are measured on the same windows.
+        seed = self.config.seed if self.split == "train" else 0
+        return _order_key(seed, self.dataset.stores[source].fingerprint, self.split, epoch)
+
+    def _fingerprint(self, stretches: Sequence[Stretch]) -> str:
+        parts = [
+            [store.fingerprint for store in self.dataset.stores],
+            [(stretch.start, stretch.shares) for stretch in stretches],
+            self.config.sequence_length,
+            self.config.seed,
+            cfg.dump(self.config.packing),
+        ]
+        return xxhash.xxh3_64_hexdigest(repr(parts).encode())
+
+    def _plan_stretches(self) -> list[Stretch]:
+        """The dataset's own weights, and those of the phases. What is held out keeps the dataset's own throughout."""
         try:
-            for indices in index_lists:
-                if stop.is_set():
-                    return
-                put(self.batch(indices))
-            put(None)
-        except BaseException as error:  # handed to the reader, who raises it
-            put(error)
+            stretches = [Stretch(0, shares_of(self.dataset.weights))]
+        except ValueError as error:
+            raise DataError(f"{self.config.path!r} has {error}; merge again, which rounds them") from None
+        if self.split != "train":
+            return stretches
+        names = ", ".join(self.source_names)
+        for number, phase in enumerate(self.config.phases):
+            if len(phase.weights) != len(self.source_names):
+                raise ConfigError(
+                    f"data.phases[{number}].weights: {len(phase.weights)} weights for the {len(self.source_names)} "
+                    f"sources of {self.config.path!r}; give one for each of {names}, in this order"
+                )
+            weights = round_weights([Fraction(repr(float(weight))) for weight in phase.weights])
+            if phase.start == 0:
+                stretches.clear()
+            stretches.append(Stretch(phase.start, shares_of(weights)))
+        return stretches
 
     def _check_tokenizer(self) -> None:
         asked = tok.fingerprint(self.config.tokenizer)
@@ -196,10 +292,10 @@ class Mixture(cfg.Configurable):
             )
 
     def _check_sizes(self) -> None:
-        for name, store, windows, share in zip(
-            self.source_names, self.dataset.stores, self.num_windows, self._shares, strict=True
+        for number, (name, store, windows) in enumerate(
+            zip(self.source_names, self.dataset.stores, self.num_windows, strict=True)
         ):
-            if share == 0 or windows > 0:
+            if windows > 0 or not any(stretch.shares[number] for stretch in self._stretches):
                 continue
             raise DataError(
                 f"the {self.split} split of dataset {name!r} holds {store.num_tokens(self.split):,} tokens, too few "
@@ -229,87 +325,31 @@ def rank_indices(
     return list(range(start, start + micro_batch_size))
 
 
-def period_shares(weights: Sequence[Fraction]) -> list[int]:
-    """Whole draws of each source in one period of the schedule: exactly in proportion to `weights` if their common
-    denominator is at most MAX_PERIOD, else the nearest shares of MAX_PERIOD draws (largest remainders; no positive
-    weight becomes zero)."""
-    total = sum(weights)
-    exact = [Fraction(weight) / total for weight in weights]
-    period = math.lcm(*(weight.denominator for weight in exact))
-    if period <= MAX_PERIOD:
-        return [int(weight * period) for weight in exact]
-    shares = [max(int(weight * MAX_PERIOD), int(weight > 0)) for weight in exact]
-    remainders = [weight * MAX_PERIOD - share for weight, share in zip(exact, shares, strict=True)]
-    while (missing := MAX_PERIOD - sum(shares)) != 0:
-        sign = 1 if missing > 0 else -1
-        candidates = [s for s, share in enumerate(shares) if sign > 0 or share > 1]
-        chosen = max(candidates, key=lambda s: sign * remainders[s])
-        shares[chosen] += sign
-        remainders[chosen] -= sign
-    return shares
+def _grouped(index_lists: Iterable[Sequence[int]], samples: int) -> Iterator[list[Sequence[int]]]:
+    """Groups of lists with that many indices together; lists before an error come before the error."""
+    group: list[Sequence[int]] = []
+    size = 0
+    try:
+        for indices in index_lists:
+            if len(indices) and min(indices) < 0:
+                raise IndexError(f"sample {min(indices)}: indices start at 0")
+            group.append(indices)
+            size += len(indices)
+            if size >= samples:
+                yield group
+                group, size = [], 0
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
-def chairman_schedule(shares: Sequence[int]) -> np.ndarray:
-    """int32[period]: the source of each draw, with |draws of s among the first n - n shares[s] / period| < 1.
-
-    Tijdeman's rule as earliest deadline first: with k sources and a slack of 1/(2k - 2), draw j of a source may happen
-    once its ideal count reaches j + slack and must before it exceeds j + 1 - slack + 1 draw. Runs in O(period log k).
-    """
-    period, active = sum(shares), [s for s, share in enumerate(shares) if share > 0]
-    if len(active) == 1:
-        return np.full(1, active[0], dtype=np.int32)
-    parts = 2 * len(active) - 2
-    waiting: list[tuple[int, int, int]] = []  # (first allowed draw, source, j)
-    ready: list[tuple[int, int, int]] = []  # (last allowed draw, source, j)
-
-    def plan(source: int, j: int) -> None:
-        first = -(-(j * parts + 1) * period // (parts * shares[source]))
-        heapq.heappush(waiting, (first, source, j))
-
-    for source in active:
-        plan(source, 0)
-    schedule = np.empty(period, dtype=np.int32)
-    for n in range(1, period + 1):
-        while waiting and waiting[0][0] <= n:
-            _, source, j = heapq.heappop(waiting)
-            last = ((j + 1) * parts - 1) * period // (parts * shares[source]) + 1
-            heapq.heappush(ready, (last, source, j))
-        _, source, j = heapq.heappop(ready)
-        schedule[n - 1] = source
-        plan(source, j + 1)
-    return schedule
-
-
-def permute(place: int, size: int, key: int) -> int:
-    """Where a keyed permutation of `[0, size)` sends `place`: a Feistel network over the next even power of two, walked
-    until it lands inside (at most four steps in the mean)."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    value = place
-    while True:
-        left, right = value >> half, value & mask
-        for round in range(FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix(right + ((key + round * 0x9E3779B97F4A7C15) & MASK)) & mask)
-        value = left << half | right
-        if value < size:
-            return value
-
-
-def _mix(value: int) -> int:
-    """The finalizer of splitmix64."""
-    value &= MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)
-
-
-def _rank_within_source(schedule: np.ndarray, num_sources: int) -> np.ndarray:
-    """int64[period]: how many earlier draws of the period have the same source."""
-    ranks = np.empty(len(schedule), dtype=np.int64)
-    for source in range(num_sources):
-        places = np.flatnonzero(schedule == source)
-        ranks[places] = np.arange(len(places))
-    return ranks
+@functools.lru_cache(maxsize=1 << 12)
+def _order_key(seed: int, fingerprint: str, split: str, epoch: int) -> int:
+    """The key of the order in which one pass over a source visits its windows."""
+    return xxhash.xxh3_64_intdigest(f"{seed}:{fingerprint}:{split}:{epoch}".encode())
 
 
 def _size(vocab_size: int | None) -> str:

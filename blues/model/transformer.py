@@ -27,7 +27,7 @@ from blues import config as cfg
 from blues.errors import ConfigError
 from blues.kernels import attention as attention_kernels
 from blues.kernels import moe_experts
-from blues.kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from blues.kernels.linear_cross_entropy import IGNORED, LINEAR_CROSS_ENTROPY
 from blues.kernels.precision import at_least_float32
 from blues.model.attention import backends
 from blues.model.attention.layer import Attention, KVCache, make_view
@@ -116,7 +116,9 @@ class Transformer(nn.Module, cfg.Configurable):
         *,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
+        documents: Tensor | None = None,
         num_logits: int | None = None,
+        num_targets: float | None = None,
     ) -> ModelOutput:
         """Read tokens.
 
@@ -127,9 +129,16 @@ class Transformer(nn.Module, cfg.Configurable):
             cache: earlier keys and values; this forward adds its own.
             positions: `positions_BT` of the tokens, by default counting on from `cache.length` (from 0 without one).
                 With a cache, the key of slot j is at position j.
+            documents: `documents_BT`, numbers; attention stays among tokens of a row that have the same one.
             num_logits: logits of the last `num_logits` tokens only (1 is enough to go on from a prompt).
+            num_targets: what the summed cross-entropy is divided by, instead of the targets that count here. Given the
+                mean over the micro batches of an update, the mean of their losses is that of one large batch, however
+                the targets are spread over them.
+
+        Raises:
+            ValueError: documents together with a cache.
         """
-        x_BTD, routing = self.hidden(tokens_BT, cache=cache, positions=positions)
+        x_BTD, routing = self.hidden(tokens_BT, cache=cache, positions=positions, documents=documents)
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
             if num_logits is not None:
@@ -137,6 +146,8 @@ class Transformer(nn.Module, cfg.Configurable):
             return ModelOutput(at_least_float32(F.linear(x_BTD, weight_VD)), None, routing)
         linear_cross_entropy = LINEAR_CROSS_ENTROPY[self.backends(tokens_BT.device, x_BTD.dtype)["cross_entropy"]]
         cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        if num_targets is not None:
+            cross_entropy = cross_entropy * ((targets_BT != IGNORED).sum().to(cross_entropy.dtype) / num_targets)
         moe = self.config.moe
         losses = combine_losses(
             cross_entropy,
@@ -147,7 +158,12 @@ class Transformer(nn.Module, cfg.Configurable):
         return ModelOutput(None, losses, routing)
 
     def hidden(
-        self, tokens_BT: Tensor, *, cache: KVCache | None = None, positions: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """`x_BTD` after the final norm, and the routing of every mixture layer. Arguments as in `forward`."""
         view = make_view(
@@ -157,6 +173,7 @@ class Transformer(nn.Module, cfg.Configurable):
             device=tokens_BT.device,
             past=None if cache is None else cache.length,
             positions_BT=positions,
+            documents_BT=documents,
         )
         x_BTD = self.embedding(tokens_BT)
         routings: list[Routing] = []

@@ -44,7 +44,8 @@ logger = logging.getLogger("blues")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint folder. tokens: trained on so far. tree: the experiment (`config.load` makes it)."""
+    """A complete checkpoint folder. tokens: trained on so far. data_fingerprint: of the samples it was trained on.
+    tree: the experiment (`config.load` makes it)."""
 
     path: Path
     step: int
@@ -65,17 +66,28 @@ class Checkpoint:
         """Context manager over the optimizer's tensors; `get_tensor(state_key(name, kind))` reads one (CPU)."""
         return safe_open(self.path / OPTIMIZER, framework="pt")
 
-    def check_data(self, fingerprint: str, path: str) -> None:
-        """Compare with the data that training is to go on with; `path` is where that lies.
+    def check_data(self, fingerprint: str, samples: int, tree: Mapping[str, Any]) -> None:
+        """Compare with the data that training is to go on with.
+
+        Args:
+            fingerprint: of its first `samples` samples, as many as this checkpoint was trained on.
+            tree: the experiment they belong to.
 
         Raises:
-            CheckpointError: it was trained on other data.
+            CheckpointError: it was trained on other data, or with phases that are now others.
         """
-        if self.data_fingerprint != fingerprint:
+        if self.data_fingerprint == fingerprint:
+            return
+        if _phases_before(samples, self.tree) != _phases_before(samples, tree):
             raise CheckpointError(
-                f"{self.path} was trained on other data than {path!r} (or another order of it); give the same dataset, "
-                "or a new --run-dir, or --fresh to start over"
+                f"data.phases would change the weights of samples that {self.path} was trained on already; leave the "
+                f"phases before sample {samples:,} as they were and start new ones there or later, or give a new "
+                "--run-dir, or --fresh to start over"
             )
+        raise CheckpointError(
+            f"{self.path} was trained on other data than {tree['data']['path']!r} (or another order of it); give the "
+            "same dataset, or a new --run-dir, or --fresh to start over"
+        )
 
     def check_shapes(self, model: nn.Module, tree: Mapping[str, Any]) -> None:
         """Compare with the `model` that is to be filled; `tree` is the experiment it was built from.
@@ -230,6 +242,11 @@ def _open(path: Path, verify: bool) -> Checkpoint:
     except (yaml.YAMLError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     return Checkpoint(path, *facts, tree)
+
+
+def _phases_before(samples: int, tree: Mapping[str, Any]) -> list[Any]:
+    """The changes of the data's weights that samples before this one can have met."""
+    return [phase for phase in tree.get("data", {}).get("phases", []) if phase["start"] < samples]
 
 
 def _differing(saved: Any, wanted: Any, path: str) -> list[str]:

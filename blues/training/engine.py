@@ -61,9 +61,9 @@ class Engine:
         self._safe = deepspeed.utils
         self._accumulation = accumulation
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """The model's output; in training mode it is to be followed by `backward`."""
-        return self._engine(*inputs)
+        return self._engine(*inputs, **options)
 
     __call__ = forward
 

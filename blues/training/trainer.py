@@ -15,10 +15,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -189,8 +189,8 @@ class _Loop:
         if self.step == self.config.steps:  # killed after its last checkpoint, before it could say so
             self._validate()
         stopped, saved = False, self.step
-        ahead = self.data.prefetch(self._index_lists(self.step), depth=2 * self.config.accumulation)
-        with contextlib.closing(cast("Generator[Batch, None, None]", ahead)) as micro_batches:
+        ahead = self.data.prefetch(self._index_lists(self.step), self.ranks.device)
+        with contextlib.closing(ahead) as micro_batches:
             self._restart_clock()
             while self.step < self.config.steps and not stopped:
                 self._update(micro_batches)
@@ -226,9 +226,11 @@ class _Loop:
             if self.experts is not None:
                 self.experts.reset()
 
+        num_targets = self._targets_per_micro_batch(self.step - 1)
+
         def micro_batch(index: int) -> Tensor:
             torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
-            output = self._forward(next(micro_batches).tokens)
+            output = self._forward(next(micro_batches), num_targets)
             if log:
                 self.losses += torch.stack([getattr(output.losses, name) for name in LOSSES]).detach()
                 if self.experts is not None:
@@ -246,10 +248,16 @@ class _Loop:
         if log:
             self._log(gradient_norm, self.config.optimizer.lr * rate_factor)
 
-    def _forward(self, tokens: Tensor) -> Any:
-        """The model's output for tokens int64[B, T + 1]."""
-        tokens = tokens.to(self.ranks.device, non_blocking=True)
-        return self.engine(tokens[:, :-1], tokens[:, 1:])
+    def _targets_per_micro_batch(self, update: int) -> float:
+        """Targets that are not padding in a micro batch of this update (from 0), in the mean over all workers'."""
+        size = self.config.global_batch_size
+        targets = self.data.num_targets(range(update * size, (update + 1) * size))
+        return targets / (self.config.accumulation * self.ranks.world_size)
+
+    def _forward(self, batch: Batch, num_targets: float | None = None) -> Any:
+        """The model's output; `num_targets` as in `Transformer.forward`."""
+        batch = batch.to(self.ranks.device)
+        return self.engine(batch.inputs, batch.targets, documents=batch.documents, num_targets=num_targets)
 
     def _log(self, gradient_norm: float, learning_rate: float) -> None:
         """Average this step's figures over the workers (one reduction, one copy to the host) and send them."""
@@ -278,7 +286,7 @@ class _Loop:
             return
         with self._off_the_clock():
             self.engine.train(False)
-            metrics = self.validation.run(lambda tokens: self._forward(tokens).losses.cross_entropy)
+            metrics = self.validation.run(lambda batch: self._forward(batch).losses.cross_entropy)
             self.engine.train(True)
             self._send("validation", metrics)
 
@@ -296,7 +304,7 @@ class _Loop:
                     self.run_dir,
                     step=self.step,
                     tokens=self.step * self.tokens_per_step,
-                    data_fingerprint=self.data.fingerprint,
+                    data_fingerprint=self.data.fingerprint_until(self.step * self.config.global_batch_size),
                     tree=self.tree,
                     model_state=trained | buffers,
                     optimizer_state=states,
@@ -323,7 +331,8 @@ class _Loop:
             return None
         checkpoint = read_checkpoint(path, verify=False)
         checkpoint.check_shapes(self.model, self.tree)
-        checkpoint.check_data(self.data.fingerprint, self.data.config.path)
+        samples = checkpoint.step * self.config.global_batch_size
+        checkpoint.check_data(self.data.fingerprint_until(samples), samples, self.tree)
         self.model.load_state_dict(checkpoint.load_model_state())
         return checkpoint
 
@@ -333,8 +342,8 @@ class _Loop:
         indices = rank_indices(
             0, 0, self.ranks.rank, self.ranks.world_size, config.micro_batch_size, config.global_batch_size
         )
-        tokens = self.data.batch(indices).tokens
-        self.engine.require_gradients(lambda: self._forward(tokens).losses.total)
+        batch = self.data.batch(indices)
+        self.engine.require_gradients(lambda: self._forward(batch).losses.total)
         if checkpoint is None:
             self.engine.set_step(0)
             return

@@ -2,8 +2,8 @@
 
 In: the first N samples of the validation split. Out: the mean cross-entropy per token, overall and for each source.
 
-Every micro batch holds samples of one source, so that its mean loss times its size is that source's sum. The sums are
-added in float64 over all workers and divided once.
+Every micro batch holds samples of one source, so that its mean loss times its targets is that source's sum. The sums
+are added in float64 over all workers and divided once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blues.data.batches import Batch, Mixture
+from blues.data.packing import IGNORED
 from blues.training.parallel import Ranks
 
 MAX_EXPONENT = 700.0
@@ -31,8 +32,8 @@ class Validation:
         self.ranks, self.source_names = ranks, list(data.source_names)
         self.num_samples = min(num_samples, data.num_samples_per_epoch)
         by_source: dict[int, list[int]] = defaultdict(list)
-        for index in range(self.num_samples):
-            by_source[data.source_of(index)].append(index)
+        for index, source in enumerate(data.windows_of(range(self.num_samples))[0].tolist()):
+            by_source[source].append(index)
         micro_batches = [
             (source, indices[start : start + micro_batch_size])
             for source, indices in sorted(by_source.items())
@@ -45,13 +46,13 @@ class Validation:
         spare = micro_batches[0]
         self.batches += [(spare[0], data.batch(spare[1]), 0.0)] * (rounds - len(mine))
 
-    def run(self, cross_entropy: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Metrics, given the mean cross-entropy (nats per token) of a batch of tokens int64[B, T + 1]."""
+    def run(self, cross_entropy: Callable[[Batch], Tensor]) -> dict[str, float]:
+        """Metrics, given the mean cross-entropy (nats per target that is not padding) of a batch."""
         sums = torch.zeros(len(self.source_names), 2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
             for source, batch, counted in self.batches:
-                count = counted * batch.tokens[:, 1:].numel()
-                sums[source, 0] += cross_entropy(batch.tokens).double() * count
+                count = counted * int((batch.targets != IGNORED).sum())
+                sums[source, 0] += cross_entropy(batch).double() * count
                 sums[source, 1] += count
         dist.all_reduce(sums)
         totals = sums.cpu()

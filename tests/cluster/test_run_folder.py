@@ -41,6 +41,9 @@ def test_what_is_learned_may_not_change_and_the_keys_are_named(tmp_path):
         {"training.micro_batch_size": 1},
         {"tracking.enabled": True},
         {"data.path": "elsewhere"},
+        {"data.phases": [{"start": 100, "weights": [0.5, 0.5]}]},
+        {"data.max_cached_batches": 2},
+        {"data.pin_memory": False},
     ],
 )
 def test_where_and_how_often_may_change(tmp_path, change):

@@ -251,3 +251,92 @@ def test_ignored_targets_teach_nothing():
     assert losses.cross_entropy.item() == 0.0
     x, _ = model.hidden(ids)
     assert linear_cross_entropy_naive(x.flatten(0, 1), model.embedding.weight, ids.flatten() * 0 + IGNORED) == 0
+
+
+LENGTHS = (5, 1, 7, 3)
+
+
+def packed_documents():
+    """Four documents of LENGTHS side by side in one row: `documents_BT`."""
+    return torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_a_document_beside_others_has_the_logits_it_has_alone(dtype, tolerance):
+    """Its positions go on from the documents before it: rotary scores depend on distances alone."""
+    model = lively(small().build(), std=0.1).to(dtype).eval()
+    ids = tokens(model, batch=1)
+    together = model(ids, documents=packed_documents()).logits_BTV
+    alone = torch.cat([model(document).logits_BTV for document in ids.split(LENGTHS, dim=1)], dim=1)
+    # Sines and cosines are float32 also for a float64 model, so those of other positions differ by their rounding.
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    same_positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    anew = model(ids, documents=packed_documents(), positions=same_positions).logits_BTV
+    torch.testing.assert_close(anew, alone, atol=tolerance, rtol=0)
+
+
+def test_the_gradients_of_packed_documents_are_those_of_each_alone():
+    model = lively(small(moe__router="softmax_top_k", moe__load_balancing_weight=0.0, moe__router_z_weight=0.0).build())
+    model = model.double()
+    ids, targets = tokens(model, batch=1), tokens(model, batch=1, seed=1)
+    model(ids, targets, documents=packed_documents()).losses.total.backward()
+    together = gradients(model)
+    model.zero_grad()
+    for document, target in zip(ids.split(LENGTHS, dim=1), targets.split(LENGTHS, dim=1), strict=True):
+        model(document, target, num_targets=16).losses.total.backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(together[name], grad, atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_of_an_earlier_document_reaches_a_later_one():
+    model = lively(small().build()).double().eval()
+    ids = tokens(model, batch=1)
+    embedded = []
+    model.embedding.register_forward_hook(lambda *args: embedded.append(args[-1]))
+    logits = model(ids, documents=packed_documents()).logits_BTV
+    (grad,) = torch.autograd.grad(logits[0, 13:].square().sum(), embedded[0])
+    assert not grad[0, :13].any() and grad[0, 13:].any(dim=-1).all()
+    changed = ids.clone()
+    changed[0, :13] = (changed[0, :13] + 1) % 97
+    others = model(changed, documents=packed_documents()).logits_BTV
+    torch.testing.assert_close(others[0, 13:], logits[0, 13:], atol=1e-12, rtol=0)
+    assert (others[0, :13] != logits[0, :13]).any(dim=-1).all()
+
+
+def test_gradient_checkpointing_keeps_documents_apart():
+    ids, documents = tokens(small().build()), packed_documents().expand(2, -1)
+    results = []
+    for on in (False, True):
+        model = lively(small(gradient_checkpointing=on).build())
+        torch.manual_seed(7)
+        model(ids, ids, documents=documents).losses.total.backward()
+        results.append(gradients(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_documents_and_a_cache_are_refused():
+    model = small().build().eval()
+    with pytest.raises(ValueError, match="documents cannot be told apart in a KV cache"):
+        model(tokens(model), cache=GrowingCache(), documents=packed_documents().expand(2, -1))
+
+
+@pytest.mark.parametrize("moe", [None, "softmax_top_k"])
+def test_micro_batches_of_few_and_many_targets_make_up_one_large_batch(moe):
+    """With the mean number of targets, the mean of their losses and gradients is that of all rows at once."""
+    changes = {"moe": None} if moe is None else {"moe__router": moe, "moe__load_balancing_weight": 0.0}
+    model = lively(small(**changes).build(), std=0.1).double()
+    ids, targets = tokens(model, batch=4), tokens(model, batch=4, seed=1)
+    targets[0, 2:], targets[2, 9:], targets[3] = IGNORED, IGNORED, IGNORED
+    whole = model(ids, targets).losses
+    whole.total.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    mean = (targets != IGNORED).sum().item() / 4
+    losses = []
+    for row in range(4):
+        part = model(ids[row : row + 1], targets[row : row + 1], num_targets=mean).losses
+        (part.total / 4).backward()
+        losses.append(part.cross_entropy.item())
+    assert sum(losses) / 4 == pytest.approx(whole.cross_entropy.item(), abs=1e-12) and losses[3] == 0
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-12, rtol=1e-9)

@@ -139,3 +139,17 @@ def test_another_shape_names_the_tensor_both_shapes_and_the_key(tmp_path):
         read.check_shapes(nn.Linear(5, 4), wanted)
     with pytest.raises(CheckpointError, match=r"'bias' has \[4\] but the model wants no such tensor"):
         read.check_shapes(nn.Linear(3, 4, bias=False), TREE)
+
+
+def test_other_data_and_changed_phases_are_told_apart(tmp_path):
+    path, _, _ = write(tmp_path, 10)
+    read = ck.read_checkpoint(path)
+
+    def tree(*starts):
+        return {"data": {"path": "data/mix", "phases": [{"start": start, "weights": [1.0]} for start in starts]}}
+
+    read.check_data("abc", 80, tree(100))
+    with pytest.raises(CheckpointError, match=r"step-00000010 was trained on other data than 'data/mix'.*--fresh"):
+        read.check_data("xyz", 80, tree(80))
+    with pytest.raises(CheckpointError, match=r"data.phases would change the weights of .*before sample 80"):
+        read.check_data("xyz", 80, tree(79))

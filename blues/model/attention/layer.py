@@ -55,13 +55,21 @@ def make_view(
     device: torch.device,
     past: int | None = None,
     positions_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
 ) -> View:
     """The view of `length` new tokens.
 
     Args:
         past: tokens in the cache, or None without a cache. With a cache the keys are at positions 0..past+length-1.
         positions_BT: positions of the new tokens; by default they follow the cache.
+        documents_BT: numbers; a token sees only those of its own number. Positions need not start anew with every
+            document, because rotary scores depend on distances alone.
+
+    Raises:
+        ValueError: documents together with a cache, which does not know the numbers of the tokens it holds.
     """
+    if documents_BT is not None and past is not None:
+        raise ValueError("documents cannot be told apart in a KV cache; give each its own row, or no cache")
     start = past or 0
     aligned = positions_BT is None
     if positions_BT is None:
@@ -72,6 +80,9 @@ def make_view(
     else:
         key_positions_BS = torch.arange(start + length, device=device)[None]
         key_rotation = rope(key_positions_BS)
+    if documents_BT is not None:
+        same_BTS = documents_BT[:, :, None] == documents_BT[:, None, :]
+        return View(query_rotation, key_rotation, pattern.mask(positions_BT, key_positions_BS) & same_BTS, False)
     if pattern.plain_causal and aligned and start == 0:
         return View(query_rotation, key_rotation, None, True)
     if pattern.plain_causal and aligned and length == 1:  # the newest token sees everything
