@@ -88,23 +88,17 @@ def dedup(
     stores = open_sources(paths)
     if _is_done(stores, request):
         return Deduplicated(stores, stores, None, done_before=True)
-    names = distinct_names(paths)
+    names = distinct_names([store.path for store in stores])
     corpus = Corpus.of(stores)
     removal = _search(corpus, stores, request, num_workers, address, report)
     table = removed_table(corpus, stores, names, removal)
     summary = Summary.of(stores, names, table)
     if dry_run:
         return Deduplicated(stores, stores, summary)
+    operation = {"kind": OPERATION, "settings": request.tree(), "datasets": _described(stores, summary)}
     after = []
     for name, store in zip(names, stores, strict=True):
         own = table.filter(pc.field("dataset") == name)
-        operation = {
-            "kind": OPERATION,
-            "settings": request.tree(),
-            "datasets": list(names),
-            "fingerprints": [each.fingerprint for each in stores],
-            "removed": {kind: pc.sum(pc.equal(own["kind"], kind)).as_py() or 0 for kind in ("exact", "near")},
-        }
         dropped = {split: own.filter(pc.field("split") == split)["document"].to_numpy() for split in SPLITS}
         attachments = {REMOVED: parquet(own.drop_columns(["dataset"]))}
         after.append(versions.drop_documents(store, dropped, operation, attachments) if len(own) else store)
@@ -185,18 +179,24 @@ def distinct_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
     return tuple(name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1))
 
 
+def _described(stores: Sequence[Store], summary: Summary) -> list[dict[str, Any]]:
+    """What each dataset was before, and how many documents it loses."""
+    described = []
+    for name, store in zip(summary.names, stores, strict=True):
+        lines = [line for line in summary.lines if line.dataset == name]
+        counts = {kind: sum(getattr(line, kind) for line in lines) for kind in ("exact", "near")}
+        described.append({"name": name, "fingerprint": store.fingerprint, **counts})
+    return described
+
+
 def _is_done(stores: Sequence[Store], request: Request) -> bool:
-    """Whether these versions are what this very request left of the same datasets."""
+    """Whether these versions are what this very request left of the same datasets: those that lost documents were made
+    by it, and the others are as it saw them."""
     operations = [store.manifest["operation"] for store in stores]
-    made = [
-        operation
-        for operation in operations
-        if operation["kind"] == OPERATION and operation["settings"] == request.tree()
-    ]
-    if not made or any(operation["fingerprints"] != made[0]["fingerprints"] for operation in made):
+    made = next((each for each in operations if each["kind"] == OPERATION), None)
+    if made is None or made["settings"] != request.tree() or len(made["datasets"]) != len(stores):
         return False
-    before = made[0]["fingerprints"]
-    return len(before) == len(stores) and all(
-        operation in made or store.fingerprint == fingerprint
-        for store, operation, fingerprint in zip(stores, operations, before, strict=True)
+    return all(
+        operation == made if seen["exact"] + seen["near"] else store.fingerprint == seen["fingerprint"]
+        for store, operation, seen in zip(stores, operations, made["datasets"], strict=True)
     )

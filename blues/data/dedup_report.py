@@ -225,7 +225,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid }}
 td:first-child, th:first-child {{ text-align: left }}
-.bar {{ background: #4a78b5; height: .9rem }} .bar + td {{ width: 30rem }}
+.bar {{ background: #4a78b5; height: .9rem }}
 pre {{ background: #f6f6f6; padding: .6rem; overflow-x: auto; white-space: pre-wrap; font-size: 12px }}
 ins {{ background: #d6f0d6; text-decoration: none }} del {{ background: #f6d6d6; text-decoration: none }}
 summary {{ cursor: pointer; font-family: monospace }}

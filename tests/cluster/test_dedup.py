@@ -74,7 +74,8 @@ def test_the_version_says_what_was_removed_and_why(paths):
         ("train-1-0", "exact", "code"),
     ]
     operation = code.manifest["operation"]
-    assert operation["kind"] == "dedup" and operation["removed"] == {"exact": 1, "near": 1}
+    assert operation["kind"] == "dedup" and operation == other.manifest["operation"]
+    assert [(d["name"], d["exact"], d["near"]) for d in operation["datasets"]] == [("code", 1, 1), ("text", 1, 1)]
     assert operation["settings"]["near"] == {"threshold": 0.7, "ngram": 5, "permutations": 128}
     assert str(paths[0].parent) not in str(code.manifest)
 
@@ -135,6 +136,24 @@ def test_an_interruption_while_it_searches_changes_nothing(paths):
     with pytest.raises(KeyboardInterrupt):
         dedup(paths, Request(), report=interrupt)
     assert {path: snapshot(path) for path in paths} == before
+
+
+def test_a_failure_between_two_datasets_is_made_good_by_the_same_command(paths, monkeypatch):
+    drop, failures = versions.drop_documents, [True]
+
+    def fail_once(store, *arguments):
+        if store.path == paths[1] and failures:
+            failures.clear()
+            raise OSError(28, "No space left on device")
+        return drop(store, *arguments)
+
+    monkeypatch.setattr(versions, "drop_documents", fail_once)
+    with pytest.raises(OSError):
+        dedup(paths, Request())
+    assert [Store.open(path).version for path in paths] == [2, 1]
+    code, other = dedup(paths, Request()).after
+    assert contents(code)["train"] == [text(1), text(2), text(3)] and contents(other)["train"] == [text(6)]
+    assert [Store.open(path).check() for path in paths] == [[], []]
 
 
 def test_the_order_of_the_datasets_says_who_keeps_a_document(paths):
