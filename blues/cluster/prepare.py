@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from blues.cluster.pool import map_tasks
-from blues.data.build import Base, Build, Mode, Progress, Settings, find_base, holds_dataset
+from blues.data.base import Base, Mode, Settings, find_base, holds_dataset
+from blues.data.build import Build, Progress
 from blues.data.chunks import Compression
 from blues.data.manifest import partial_directory
 from blues.data.readers import Part

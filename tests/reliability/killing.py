@@ -21,11 +21,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import blues
+from blues.cluster import materialize as materializing
 from blues.cluster import prepare as preparing
 from blues.cluster.pool import map_tasks
 from blues.data import sources
 from blues.data.batches import Mixture
 from blues.data.manifest import partial_directory
+from blues.data.merge import combine
+from blues.data.mixed_shards import Settings
 from blues.data.store import SPLITS, Store
 from blues.errors import DataError
 from tests.data.datasets import TOKENIZER, snapshot
@@ -41,6 +45,8 @@ class Case:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         sources.PART_BYTES = PART_BYTES
+        for module in (preparing, materializing):  # a commit in between would tell them apart
+            module.code_version = lambda: {"blues": blues.__version__}
         preparing.map_tasks = lambda *a, **options: map_tasks(*a, **options | {"here": True})
 
     def setup(self) -> None:
@@ -134,6 +140,26 @@ class Update(Case):
         assert found.quarantine().read_bytes() == expected.quarantine().read_bytes()
 
 
+class Merge(Case):
+    """`blues merge --materialize` of two datasets."""
+
+    def setup(self) -> None:
+        for number, name in enumerate(("a", "b")):
+            write_raw(self.folder / f"raw-{name}", seed=number)
+            preparing.prepare(sources.plan(self.folder / f"raw-{name}"), self.folder / name, TOKENIZER)
+        self._merge("expected")
+
+    def _merge(self, name: str) -> None:
+        combined = combine([self.folder / "a", self.folder / "b"], [0.7, 0.3])
+        materializing.materialize(combined, self.folder / name, Settings(shard_tokens=1000))
+
+    def work(self, attempt: int) -> None:
+        self._merge(f"out{attempt}")
+
+    sound = Prepare.sound
+    same = Prepare.same
+
+
 class Training(Case):
     """A training run: the batches of each step and the weights at the end are those of an unbroken run."""
 
@@ -174,7 +200,7 @@ class Training(Case):
         assert_identical(self.folder / f"out{attempt}", self.folder / "expected")
 
 
-CASES: dict[str, type[Case]] = {"prepare": Prepare, "update": Update, "training": Training}
+CASES: dict[str, type[Case]] = {"prepare": Prepare, "update": Update, "merge": Merge, "training": Training}
 
 
 def start(work: Callable[[], None]) -> int:

@@ -20,12 +20,12 @@ def kill(case: str, folder: Path, kills: int, seed: int = 0) -> None:
     assert f"{kills} kills, " in done.stdout
 
 
-@pytest.mark.parametrize("case", ["prepare", "update"])
+@pytest.mark.parametrize("case", ["prepare", "update", "merge"])
 def test_a_few_kills(tmp_path, case):
     kill(case, tmp_path, 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["prepare", "update", "training"])
+@pytest.mark.parametrize("case", ["prepare", "update", "merge", "training"])
 def test_fifty_kills(tmp_path, case):
     kill(case, tmp_path, 50, seed=1)
