@@ -275,6 +275,20 @@ def test_a_document_beside_others_has_the_logits_it_has_alone(dtype, tolerance):
     torch.testing.assert_close(anew, alone, atol=tolerance, rtol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
+def test_documents_on_a_gpu_have_the_losses_and_gradients_of_the_cpu(dtype, tolerance):
+    config = small(moe__router="softmax_top_k")
+    results = []
+    for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
+        model = lively(config.build(), std=0.05).to(device, precision)
+        ids, documents = tokens(model).to(device), packed_documents().expand(2, -1).to(device)
+        model(ids, ids, documents=documents).losses.total.backward()
+        results.append({name: grad.float().cpu() for name, grad in gradients(model).items() if "router" not in name})
+    for name, grad in results[0].items():
+        assert (results[1][name] - grad).norm() <= tolerance * grad.norm(), name
+
+
 def test_the_gradients_of_packed_documents_are_those_of_each_alone():
     model = lively(small(moe__router="softmax_top_k", moe__load_balancing_weight=0.0, moe__router_z_weight=0.0).build())
     model = model.double()

@@ -366,22 +366,24 @@ def test_two_workers_at_every_zero_stage(data, snippets, tmp_path):
     assert recorder.metrics("train/loss")[6] == pytest.approx(losses[5], abs=1e-6)
 
 
-def on_gpu(data: Path, root: Path, stage: int) -> tuple[Recorder, Recorder]:
+def on_gpu(data: Path, root: Path, stage: int, changes: dict) -> tuple[Recorder, Recorder]:
     """An unbroken run, and the second half of a broken one, in a process of its own: DeepSpeed keeps one device."""
     exp = experiment(data, checkpoint_every=0, **{"parallel.device": "cuda", "parallel.zero_stage": stage})
+    exp = exp.override(changes)
     _, whole = train(exp, root / "whole")
     train(exp, root / "broken", stop_after=3)
     return whole, train(exp, root / "broken")[1]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, PACKED], ids=["stream", "packed"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_on_a_gpu_in_bf16_resumed_equals_unbroken(data, tmp_path, stage):
+def test_on_a_gpu_in_bf16_resumed_equals_unbroken(snippets, tmp_path, stage, changes):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        whole, resumed = pool.submit(on_gpu, data, tmp_path, stage).result()
+        whole, resumed = pool.submit(on_gpu, snippets, tmp_path, stage, changes).result()
     start = whole.events[0].details
     assert start["dtype"] == "bfloat16" and start["device"] == "cuda"
-    _, expected = train(experiment(data), tmp_path / "cpu")
+    _, expected = train(experiment(snippets).override(changes), tmp_path / "cpu")
     assert whole.metrics("validation/loss")[6] == pytest.approx(expected.metrics("validation/loss")[6], abs=0.05)
     assert resumed.events[0].step == 3
     assert resumed.metrics("train/loss")[6] == pytest.approx(whole.metrics("train/loss")[6], abs=1e-3)
