@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "--data-cache-dir", required=True, metavar="DIR", help="the merged dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace another merged dataset there")
     parser.add_argument("--verify", action="store_true", help="read and check everything after the merge")
+    parser.add_argument("--page", metavar="FILE", help="verify, and write the report as a page (HTML) with plots")
     written = parser.add_argument_group("writing the mixture out")
     written.add_argument("--materialize", action="store_true", help="copy the documents into a dataset of their own")
     written.add_argument("--tokens", type=int, metavar="N", help="training tokens (default: all, none twice)")
@@ -47,27 +48,38 @@ ONLY_WRITTEN = ("tokens", "seed", "keep_order", "shard_tokens", "compression", "
 
 
 def run(args: argparse.Namespace) -> int:
-    from blues.data.merge import merge, mixture_table
+    if args.page:
+        from blues.data.page import check_destination
+
+        check_destination(args.page)  # before anything is written
+    paths, weights, strategy = chosen(args)
+    print(write_out(args, paths, weights, strategy) if args.materialize else plan(args, paths, weights, strategy))
+    return check(args) if args.verify or args.page else 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """Read what was merged, print a report and write its page; returns the exit status."""
     from blues.data.verify import verify
+
+    report = verify(args.output)
+    print(f"\n{report.table()}")
+    if args.page:
+        from blues.data.page import write_page
+
+        print(f"page: {write_page(report, args.page)}")
+    return 0 if report.good else 2
+
+
+def plan(args: argparse.Namespace, paths, weights, strategy) -> str:
+    """Write the mixture as a plan over its sources; returns a table of them."""
+    from blues.data.merge import merge, mixture_table
     from blues.errors import ConfigError
 
-    paths, weights, strategy = chosen(args)
-    if args.materialize:
-        table = write_out(args, paths, weights, strategy)
-    else:
-        for name in ONLY_WRITTEN:
-            if getattr(args, name) is not None and getattr(args, name) is not False:
-                raise ConfigError(f"--{name.replace('_', '-')} needs --materialize: a mixture alone copies nothing")
-        dataset = merge(paths, args.output, weights=weights, strategy=strategy, overwrite=args.overwrite, report=say)
-        table = mixture_table(dataset)
-    if not args.verify:
-        print(table)
-        return 0
-    if args.materialize:
-        print(f"{table}\n")
-    report = verify(args.output)
-    print(report.table())
-    return 0 if report.good else 2
+    for name in ONLY_WRITTEN:
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --materialize: a mixture alone copies nothing")
+    dataset = merge(paths, args.output, weights=weights, strategy=strategy, overwrite=args.overwrite, report=say)
+    return mixture_table(dataset)
 
 
 def say(line: str) -> None:

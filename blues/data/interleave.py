@@ -24,7 +24,6 @@ import numpy as np
 import xxhash
 
 from blues.data.schedule import permute_all, shares_of
-from blues.errors import DataError
 
 PICK_TYPE = np.dtype([("source", "<i4"), ("pass", "<i4"), ("document", "<i8"), ("tokens", "<i8")])
 """A document of the output: number of its source, how often the source was used up before, number within its split of
@@ -50,15 +49,10 @@ def interleave(
         lengths: tokens of each source's documents: k times int64[d_s].
         weights: with a common denominator up to `schedule.MAX_PERIOD`; sources without weight give nothing.
         keys: what tells the content of the sources apart; with the seed it decides the permutations.
-        tokens: about how many to take, within half a document of each source. None: as many as there are until a
-            source is used up, so that nothing comes twice. A source that is used up before starts over, in another
-            permutation.
-
-    Raises:
-        DataError: fewer than one token is asked for.
+        tokens: about how many to take, 1 or more, within half a document of each source. None: as many as there are
+            until a source is used up, so that nothing comes twice. A source that is used up before starts over, in
+            another permutation.
     """
-    if tokens is not None and tokens < 1:
-        raise DataError(f"{tokens:,} tokens (--tokens) cannot be written; ask for 1 or more")
     shares, sizes = shares_of(weights), [int(own.sum()) for own in lengths]
     size = min(Fraction(n * sum(shares), share) for n, share in zip(sizes, shares, strict=True) if share)
     end = size if tokens is None else Fraction(tokens)

@@ -18,6 +18,7 @@ else, so that any number of processes may share them, and what an interrupted ru
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -75,10 +76,15 @@ class Materialization:
         self.began = time.monotonic()
         self.request = request_of(combined, settings)
         open_growing(partial, self.request)
-        survey = _survey(combined, partial)
+        try:
+            survey = _survey(combined, partial)
+            self.picks = self._choose(survey.lengths)
+        except DataError:
+            if not (partial / TASKS).exists():  # there is nothing to go on with
+                shutil.rmtree(partial)
+            raise
         self.available = [int(own.sum()) for own in survey.lengths["train"]]
         self.prefixed = survey.ids_collide and not settings.keep_order
-        self.picks = self._choose(survey.lengths)
         self.tokens = sum(int(picks["tokens"].sum()) for picks in self.picks.values())
         self.shards: dict[int, Shard] = {}
         for split in SPLITS:
@@ -176,6 +182,9 @@ class Materialization:
     def _origin(self) -> dict[str, Any]:
         """Sources, files and settings for the manifest: those of the version itself where it is only laid out anew."""
         layout = {"compression": self.settings.compression, "shard_tokens": self.settings.shard_tokens}
+        for manifest, path in ((source.store.manifest, source.store.path) for source in self.sources):
+            for tree in (*manifest["attachments"], manifest["quarantine"]):
+                read_checked(path, FileRecord(**tree))
         if self.settings.keep_order:
             store = self.sources[0].store
             return {
@@ -183,7 +192,7 @@ class Materialization:
                 "sources": store.manifest["sources"],
                 "files": versions.files_of(store),
                 "rejected": store.manifest["rejected"],
-                "quarantine": read_checked(store.path, FileRecord(**store.manifest["quarantine"])),
+                "quarantine": store.quarantine().read_bytes(),
             }
         described = [
             {**source, "kind": "dataset", "sources": of.store.manifest["sources"]}

@@ -57,6 +57,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.shard_tokens < 1:
             raise DataError(f"a shard cannot have {self.shard_tokens:,} tokens (--shard-tokens); give 1 or more")
+        if self.tokens is not None and self.tokens < 1:
+            raise DataError(f"{self.tokens:,} tokens (--tokens) cannot be written; ask for 1 or more")
         if self.tokens is not None and self.keep_order:
             raise DataError("--keep-order writes a dataset whole; leave out --tokens, or --keep-order")
         if self.compression not in get_args(Compression):
@@ -196,7 +198,7 @@ class ShardWriter:
 
     def _described(self, row: Mapping[str, Any], source: int, number: int) -> dict[str, Any]:
         """Id, source and metadata of a document in the output."""
-        metadata = json.loads(row["metadata"])
+        metadata = json.loads(row["metadata"]) if row["metadata"] != "{}" else {}
         if self.settings.keep_order:
             return {"id": row["id"], "source": row["source"], "metadata": metadata}
         name = self.names[source]

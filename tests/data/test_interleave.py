@@ -6,14 +6,12 @@ from collections import Counter
 from fractions import Fraction
 
 import numpy as np
-import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as hyp
 
 from blues.data.interleave import PICK_TYPE, achieved_shares, cut, in_order, interleave
 from blues.data.schedule import permute
-from blues.errors import DataError
 
 Lengths = list[np.ndarray]
 
@@ -125,12 +123,6 @@ def test_each_pass_seed_and_content_has_an_order_of_its_own():
     others = [second, mixed(lengths, shares, seed=1)["document"], interleave(lengths, [Fraction(1)], ["x"])["document"]]
     assert len({tuple(order.tolist()) for order in (first, *others)}) == 4
     assert np.array_equal(mixed(lengths, shares)["document"], first)
-
-
-@pytest.mark.parametrize("tokens", [0, -5])
-def test_less_than_a_token_is_refused(tokens):
-    with pytest.raises(DataError, match=r"tokens \(--tokens\) cannot be written; ask for 1 or more"):
-        mixed([np.full(3, 3)], [1], tokens=tokens)
 
 
 def test_all_documents_in_order():

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from blues.cli import main
+from blues.data import store as st
 from blues.data.merge import STRATEGIES, open_dataset
+from blues.data.versions import drop_documents
 from tests.data.datasets import make_numbered, make_store, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,119 @@ def test_verify_reads_everything_and_its_issues_are_exit_status_2(tmp_path, caps
     assert run(sources, tmp_path / "mix", "--strategy", "equal", "--verify") == 2
     out = capsys.readouterr().out
     assert "b/chunks/train-00001-00000.tokens: its bytes do not match the checksum" in out
+
+
+# From a file.
+
+
+@pytest.fixture
+def config(sources, tmp_path) -> Path:
+    """A file beside the data, that weights them 3 to 1."""
+    path = tmp_path / "mix.yaml"
+    path.write_text(f"datasets:\n  paths: {json.dumps(sources)}\n  weights: [3, 1]\n  merge_strategy: weighted\n")
+    return path
+
+
+def test_a_file_says_what_is_merged(config, tmp_path, capsys):
+    assert main(["merge", "--config", str(config), "--output", str(tmp_path / "mix")]) == 0
+    assert capsys.readouterr().err == ""
+    assert [float(weight) for weight in open_dataset(tmp_path / "mix").weights] == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("words", "shares", "said"),
+    [
+        (["--weights", "1", "4"], [0.2, 0.8], ["--weights instead of those of FILE"]),
+        (["--merge-strategy", "equal"], [0.5, 0.5], ["--strategy equal instead of weighted of FILE"]),
+        (["--strategy", "weighted"], [0.75, 0.25], []),
+    ],
+)
+def test_options_replace_the_values_of_the_file_and_it_is_said(config, tmp_path, capsys, words, shares, said):
+    assert main(["merge", "--config", str(config), "--output", str(tmp_path / "mix"), *words]) == 0
+    err = capsys.readouterr().err
+    assert err.splitlines() == [f"blues merge: {line.replace('FILE', str(config))}" for line in said]
+    assert [float(weight) for weight in open_dataset(tmp_path / "mix").weights] == shares
+
+
+def test_datasets_of_the_command_line_replace_those_of_the_file(sources, config, tmp_path, capsys):
+    words = ["merge", "--config", str(config), "--datasets", *reversed(sources), "--output", str(tmp_path / "mix")]
+    assert main(words) == 0
+    assert open_dataset(tmp_path / "mix").names == ("text", "code")
+    assert f"--datasets instead of the paths of {config}" in capsys.readouterr().err
+    words[5:6] = []
+    assert main([*words, "--overwrite"]) == 2
+    assert "2 weights for 1 datasets" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_used_and_no_datasets_at_all_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "mix.yaml").write_text("datasets: {path: [a]}")
+    output = ["--output", str(tmp_path / "mix")]
+    for words, sentence in (
+        (["--config", str(tmp_path / "mix.yaml")], "unknown key 'datasets.path'. Did you mean 'paths'?"),
+        (["--config", str(tmp_path / "absent.yaml")], "cannot read configuration"),
+        ([], "name what is merged: --datasets DIR DIR ..., or a file that does with --config FILE"),
+    ):
+        assert main(["merge", *words, *output]) == 2
+        err = capsys.readouterr().err
+        assert sentence in err and err.count("\n") == 1
+    assert not (tmp_path / "mix").exists()
+
+
+# Written out.
+
+
+def test_a_mixture_is_written_out_and_verified(tmp_path, capsys):
+    sources = [
+        str(make_store(tmp_path / name, train=[[f"{name} {n}" for n in range(40)]], validation=[["held"]]))
+        for name in ("code", "text")
+    ]
+    output = tmp_path / "out"
+    words = ["--weights", "0.7", "0.3", "--materialize", "--compression", "zstd", "--seed", "3"]
+    assert run(sources, output, *words, "--verify") == 0
+    out, err = capsys.readouterr()
+    assert err == "" and f"dataset {output} (weighted, written out)" in out
+    assert any(line.split()[:3] == ["code", "1", "0.7000"] for line in out.splitlines())
+    assert "good: " in out
+    assert not open_dataset(output).merged and st.Store.open(output).check() == []
+    before = snapshot(output)
+    assert run(sources, output, *words) == 0
+    assert "it was there already; nothing was done" in capsys.readouterr().out
+    assert run(sources, output, "--strategy", "equal", "--materialize") == 2
+    assert "already holds another mixture; choose another directory or pass --overwrite" in capsys.readouterr().err
+    assert snapshot(output) == before
+    assert run(sources, output, "--strategy", "equal", "--materialize", "--overwrite") == 0
+    assert st.Store.open(output).manifest["operation"]["strategy"] == "equal"
+
+
+def test_a_version_is_compacted(tmp_path, capsys):
+    path = make_store(tmp_path / "data", train=[[f"text {n}" for n in range(30)]], validation=[["held"]])
+    pieces = drop_documents(st.Store.open(path), {"train": [3, 9, 10, 20]}, {"kind": "deduplicate"})
+    drop_documents(pieces, {"train": [0]}, {"kind": "deduplicate"})
+    assert run([f"{path}@2"], tmp_path / "compact", "--materialize", "--keep-order") == 0
+    assert f"dataset {tmp_path / 'compact'}: version 2 of data as it stands" in capsys.readouterr().out
+    store = st.Store.open(tmp_path / "compact")
+    assert store.fingerprint == pieces.fingerprint and store.manifest["segments"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--seed", "0"], "--seed needs --materialize: a mixture alone copies nothing"),
+        (["--keep-order"], "--keep-order needs --materialize"),
+        (["--materialize", "--keep-order"], "--keep-order writes one dataset as it stands, and there are code, text"),
+        (["--materialize", "--num-workers", "0"], "--num-workers must be at least 1, got 0"),
+        (["--materialize", "--compression", "gzip"], "unknown compression 'gzip'. Choose from: none, zstd."),
+        (["--materialize", "--tokens", "0"], "0 tokens (--tokens) cannot be written; ask for 1 or more"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence_and_nothing_is_written(sources, tmp_path, capsys, words, sentence):
+    assert run(sources, tmp_path / "mix", "--strategy", "equal", *words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# What cannot be merged.
 
 
 @pytest.mark.parametrize(
