@@ -108,6 +108,7 @@ def check_stores(
     damaged = {issue.where for issue in found.issues}
     for record in dict.fromkeys(record for store in stores for record in _small_files(store)):
         found.issues += check_file(stores[0].path, record)
+    damaged |= {issue.where for issue in found.issues}
     for store in stores:
         name = manifest_name(store.version)
         chunks = [chunk for split in SPLITS for chunk in store.chunks[split]]
@@ -117,6 +118,8 @@ def check_stores(
             if store.version not in unordered:
                 contradicted += _wrong_content(store, found.contents)
             contradicted += _wrong_sums(store)
+            if store.manifest["quarantine"]["file"] not in damaged:
+                contradicted += _wrong_quarantine(store)
         found.issues += [Issue(name, what) for what in contradicted]
     return found
 
@@ -380,12 +383,17 @@ def _wrong_sums(store: Store) -> Iterator[str]:
         yield f"it says {manifest['documents']:,} documents, and those of its splits are {documents:,}"
     if manifest["rows"] != documents + sum(rejected.values()):
         yield f"its {manifest['rows']:,} rows are not its {documents:,} documents and the rejected ones"
+
+
+def _wrong_quarantine(store: Store) -> Iterator[str]:
+    """What does not fit between a manifest and its (undamaged) list of rejected rows."""
+    manifest = store.manifest
     try:
         listed = _count_rejected(store.quarantine())
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         yield f"{manifest['quarantine']['file']} is no list of rejected rows ({reason_of(error)})"
         return
-    if listed != rejected:
+    if listed != manifest["rejected"]:
         yield f"{manifest['quarantine']['file']} lists other rejected rows than it says"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from blues.data.statistics import Overlap, Statistics
 from blues.data.store import Issue
+from blues.data.visible import visible
 from blues.table import align
 
 REMEDY = "restore the files, or prepare the dataset again with --overwrite (and then merge again)"
@@ -92,16 +93,16 @@ class Report:
             lines.append(f"{len(self.issues):,} issue{'s' if len(self.issues) != 1 else ''}:")
             lines += [f"  {issue}" for issue in self.issues]
             lines.append(REMEDY)
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
     def _copies(self) -> list[str]:
         """Documents that are there more than once, and where."""
         total = sum(self.overlap.duplicates) if self.overlap is not None else 0
         if self.overlap is None or not total:
             return []
-        names = [f"{source} {split}" for source, split in self.overlap.names]
-        lines = [f"{total:,} documents are exact copies of another one:"]
-        header = ("of these documents ... are also in", *names)
+        lines = [f"{total:,} documents are exact copies of another one; so many of a row are in a column too:"]
+        names = [f"{place} {source} {split}" for place, (source, split) in enumerate(self.overlap.names, start=1)]
+        header = ("", *map(str, range(1, len(names) + 1)))
         rows = [(name, *(f"{n:,}" for n in row)) for name, row in zip(names, self.overlap.shared, strict=True)]
         return [*lines, *(f"  {line}" for line in align([header, *rows]))]
 

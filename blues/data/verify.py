@@ -24,13 +24,12 @@ from blues.data.checking import Examination, check_dataset, documents_of, unknow
 from blues.data.chunks import TOKEN_TYPE
 from blues.data.manifest import MANIFEST, MIXTURE, MIXTURE_FORMAT, is_count, is_text, read_checked_json, require
 from blues.data.merge import VERSION as MIXTURE_VERSION
-from blues.data.merge import Dataset, open_dataset
+from blues.data.merge import open_dataset
 from blues.data.report import Report, Source, Version
 from blues.data.statistics import Overlap, Statistics, describe, overlap
 from blues.data.store import SPLITS, Issue, Store, StoredDocument, split_version
 from blues.data.tokenizer import Tokenizer
 from blues.errors import ConfigError, DataError
-from blues.table import align
 
 SAMPLE_SEED = 0
 SAMPLE_TOKENS = 1 << 24
@@ -123,22 +122,14 @@ def verify(
     )
 
 
-def mixture_table(dataset: Dataset) -> str:
-    """The sources of a dataset with their shares, from the manifests alone."""
-    rows: list[tuple[str, ...]] = [("source", "weight", "train documents", "train tokens", "validation tokens")]
-    for name, store, weight in zip(dataset.names, dataset.stores, dataset.weights, strict=True):
-        counts = (store.num_documents("train"), store.num_tokens("train"), store.num_tokens("validation"))
-        rows.append((name, f"{float(weight):.3f}", *(f"{count:,}" for count in counts)))
-    return "\n".join([f"dataset {dataset.path} ({dataset.strategy})", "", *align(rows)])
-
-
 def _parts(path: Path, issues: list[Issue]) -> list[_Part]:
     """The sources of a dataset: itself, if it is not merged."""
     folder, number = split_version(path)
     if not (folder / MIXTURE).exists():
         if not (folder / MANIFEST).exists() and not (folder / "versions").is_dir():
             open_dataset(path)  # raises: it is none
-        return [_Part(path, folder.absolute().name, folder, Fraction(1), number=number)]
+        name = folder.absolute().name + ("" if number is None else f"@{number}")
+        return [_Part(path, name, folder, Fraction(1), number=number)]
     where = str(path / MIXTURE)
     try:
         tree = read_checked_json(path, MIXTURE, MIXTURE_FORMAT, MIXTURE_VERSION)
@@ -175,10 +166,8 @@ def _tell_apart(parts: Sequence[_Part]) -> None:
         seen[key] = part
     names = [part.name for part in parts]
     for part in parts:
-        if names.count(part.name) > 1 and part.dataset != part.folder:
-            part.name = f"{part.dataset.name}/{part.name}"
-        elif names.count(part.name) > 1:
-            part.name = str(part.dataset)
+        if names.count(part.name) > 1:
+            part.name = f"{part.dataset.name}/{part.name}" if part.said else str(part.dataset)
 
 
 def _check_part(
@@ -194,7 +183,7 @@ def _check_part(
     )
     issues, store = list(examination.issues), examination.described
     if store is None and not issues:
-        issues.append(Issue(MANIFEST, _why_not_there(part, len(history.versions))))
+        found.issues.append(_why_not_there(part, history.versions))
     if not any(issue.where.endswith(MANIFEST) for issue in issues):
         issues += _leftovers(part.folder, history.versions)
     retokenized = 0
@@ -214,13 +203,13 @@ def _check_part(
         found.digests.append(documents.digests)
 
 
-def _why_not_there(part: _Part, versions: int) -> str:
+def _why_not_there(part: _Part, versions: Sequence[Store]) -> Issue:
+    """A whole dataset without the version that was asked for."""
     if part.checksum is None:
-        return f"there is no version {part.number}; the newest is {versions}"
-    return (
-        f"source {part.name!r} of {str(part.dataset)!r} was prepared again after the merge ({str(part.folder)!r}); "
-        "merge again"
-    )
+        numbers = ", ".join(str(store.version) for store in versions)
+        return Issue(str(part.folder / MANIFEST), f"there is no version {part.number}; there are {numbers}")
+    what = f"source {part.name!r} was prepared again after the merge ({str(part.folder)!r}); merge again"
+    return Issue(str(part.dataset / MIXTURE), what)
 
 
 def _leftovers(folder: Path, versions: Sequence[Store]) -> list[Issue]:

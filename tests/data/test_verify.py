@@ -10,9 +10,9 @@ import pytest
 
 from blues.data import store as st
 from blues.data.manifest import MANIFEST, write_checked_json
-from blues.data.merge import merge, open_dataset
+from blues.data.merge import merge
 from blues.data.tokenizer import Tokenizer
-from blues.data.verify import mixture_table, verify
+from blues.data.verify import verify
 from blues.errors import ConfigError, DataError
 from tests.data.datasets import TOKENIZER, make_store, snapshot
 
@@ -202,12 +202,3 @@ def test_the_table_and_the_json_say_the_same(mix):
         assert f"{line['weight']:.3f}" in row.split()
     assert "good: all checksums hold, 10 documents tokenize to what is stored" in table
     assert "3 documents are exact copies of another one" in table
-
-
-def test_the_mixture_table_lists_sources_with_weights_and_counts(mix):
-    dataset = open_dataset(mix)
-    lines = mixture_table(dataset).splitlines()
-    assert lines[0] == f"dataset {mix} (weighted)"
-    for name, weight, store, line in zip(dataset.names, ("0.700", "0.300"), dataset.stores, lines[-2:], strict=True):
-        tokens = (store.num_tokens("train"), store.num_tokens("validation"))
-        assert line.split() == [name, weight, f"{store.num_documents('train')}", *(f"{count}" for count in tokens)]
