@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from scipy import sparse
 
 from blues.data import corpus as corpus_module
 from blues.data import dedup, minhash, sketches
@@ -17,6 +20,7 @@ from blues.data.dedup import Groups, Removal, find_duplicates
 from blues.data.minhash import Settings
 from blues.data.sketches import Sketches
 from blues.data.store import Store
+from blues.data.tokenizer import Tokenizer
 from tests.data.datasets import make_store
 from tests.data.test_minhash import naive_jaccard
 
@@ -129,6 +133,36 @@ def test_near_copies_are_found(similarity, least):
     assert all(number % 2 and kept == number - 1 for number, kept in found.items())
     similar = [n for n in range(1, 600, 2) if naive_jaccard(documents[n - 1], documents[n], 5) >= 0.7]
     assert len(similar) == 300 and len(found) >= least * len(similar)
+
+
+def similar_pairs(documents: Sequence[np.ndarray], ngram: int, similarity: float) -> tuple[np.ndarray, np.ndarray]:
+    """Brute force: the intersections of all pairs are one product of the matrix documents x shingles."""
+    sets = [minhash.shingle_set(document, ngram) for document in documents]
+    sizes = np.array([len(shingles) for shingles in sets])
+    _, columns = np.unique(np.concatenate(sets), return_inverse=True)
+    rows = np.concatenate(([0], np.cumsum(sizes)))
+    common = sparse.csr_array((np.ones(len(columns), dtype=np.int32), columns, rows))
+    common = sparse.triu(common @ common.T, k=1).tocoo()
+    similar = common.data / (sizes[common.row] + sizes[common.col] - common.data) >= similarity
+    return common.row[similar], common.col[similar]
+
+
+@pytest.mark.slow
+def test_of_real_code_no_similar_pair_is_left_and_nothing_else_goes():
+    """2,500 files of a library that is known to repeat itself."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None
+    files = sorted(Path(package.origin).parent.rglob("*.py"))[:2500]
+    tokenizer = Tokenizer.Config().build()
+    documents = [tokenizer.encode_array(file.read_text(encoding="utf-8")) for file in files]
+    removal = search(Corpus([shelf(documents)]), Settings())
+    goes = np.isin(np.arange(len(documents)), removal.numbers)
+    for similarity, least in ((0.7, 0.99), (0.8, 0.999)):
+        one, other = similar_pairs(documents, 5, similarity)
+        assert len(one) > 1000 and np.mean(goes[one] | goes[other]) >= least
+        if similarity == 0.7:
+            known = set(zip(one.tolist(), other.tolist(), strict=True))
+            assert {(kept, number) for number, kept, *_ in as_rows(removal)} <= known
 
 
 def test_what_is_less_similar_stays():
