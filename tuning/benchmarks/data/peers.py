@@ -160,7 +160,8 @@ def map_datasets(
         )
         encoded.save_to_disk(output)
     tokens = int(sum(len(row) for batch in encoded.iter(1000) for row in batch["tokens"]))
-    return {"MB/s": size / MB / spent.seconds, "s": spent.seconds, "tokens": tokens}
+    rates = {"MB/s": size / MB / spent.seconds, "MB/s a core": size / MB / spent.cpu_s}
+    return rates | {"s": spent.seconds, "tokens": tokens}
 
 
 def _encode_files(batch: dict[str, list[str]], vocabulary: str, pattern: str) -> dict[str, list[np.ndarray]]:

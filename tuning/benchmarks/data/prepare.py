@@ -10,7 +10,7 @@ from tuning.benchmarks.record import Measurement, Spread, ratio
 
 GROUP = "prepare"
 QUARTER = 4
-METRICS = ("MB/s", "s")
+METRICS = ("MB/s", "MB/s a core", "s")
 COMMAND = "the whole command: start of Python and Ray, reading, tokenizing, writing, checksums, fsync"
 ALONE = "text in memory, vocabulary loaded, tokens thrown away"
 
@@ -71,6 +71,11 @@ def _figures(setting: Setting, made: dict[str, Measurement], bytes_more: int) ->
     if raw is not None and ours is not None:
         share = ratio(ours, raw, 100)
         bench.figure(GROUP, "share of the faster way of tiktoken alone", share, "%", at_least=90.0)
+    for backend, name in (("tiktoken", "blues prepare"), ("fastokens", "blues prepare, fast")):
+        own, alone = (made[one].spread("MB/s a core") for one in (name, f"{backend} alone, {workers} processes"))
+        if own is not None and alone is not None:
+            title = f"{name}: share of {backend} alone in processor time, Ray's included"
+            bench.figure(GROUP, title, ratio(own, alone, 100), "%")
     for backend, name in (("tiktoken", "blues prepare"), ("fast", "blues prepare, fast")):
         whole, quarter = made[name].spread("s"), made[f"{name}, a quarter of it"].spread("s")
         if whole is not None and quarter is not None and whole.mean > quarter.mean:

@@ -50,7 +50,7 @@ def threads(meter: type[Meter], corpus: str, encoder: str, count: int) -> dict:
     encode(["def f():\n    return 1\n"])
     with meter() as spent:
         tokens = sum(encode(batch) for batch in batches)
-    return _rates(batches, spent.seconds, tokens)
+    return _rates(batches, spent, tokens)
 
 
 def processes(meter: type[Meter], corpus: str, encoder: str, count: int) -> dict:
@@ -64,18 +64,19 @@ def processes(meter: type[Meter], corpus: str, encoder: str, count: int) -> dict
     for worker in workers:
         worker.start()
     ready.wait()
-    began = time.perf_counter()
-    tokens = sum(answers.get() for _ in workers)
-    seconds = time.perf_counter() - began
+    with meter() as spent:
+        answered = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
-    return _rates(batches, seconds, tokens)
+    spent.cpu_s = sum(cpu_s for _, cpu_s in answered)
+    return _rates(batches, spent, sum(tokens for tokens, _ in answered))
 
 
 def _encode_share(batches: list[list[str]], encoder: str, ready: Any, counter: Any, answers: Any) -> None:
     encode, tokens = ENCODERS[encoder](1), 0
     encode(["def f():\n    return 1\n"])
     ready.wait()
+    began = time.process_time()
     while True:
         with counter.get_lock():
             number = counter.value
@@ -83,7 +84,7 @@ def _encode_share(batches: list[list[str]], encoder: str, ready: Any, counter: A
         if number >= len(batches):
             break
         tokens += encode(batches[number])
-    answers.put(tokens)
+    answers.put((tokens, time.process_time() - began))
 
 
 def read_batches(corpus: str) -> list[list[str]]:
@@ -100,6 +101,7 @@ def read_batches(corpus: str) -> list[list[str]]:
     return [batch for batch in batches if batch]
 
 
-def _rates(batches: list[list[str]], seconds: float, tokens: int) -> dict:
+def _rates(batches: list[list[str]], spent: Meter, tokens: int) -> dict:
     size = int(np.sum([len(text.encode("utf-8")) for batch in batches for text in batch]))
-    return {"MB/s": size / MB / seconds, "s": seconds, "bytes": size, "tokens": tokens}
+    rates = {"MB/s": size / MB / spent.seconds, "MB/s a core": size / MB / spent.cpu_s}
+    return rates | {"s": spent.seconds, "bytes": size, "tokens": tokens}
