@@ -168,7 +168,7 @@ def summary(prepared, planned) -> list[str]:
     backends = " and ".join(sorted(prepared.tokenizers))
     checked = f" ({prepared.rechecked:,} documents checked with tiktoken)" if prepared.rechecked else ""
     tokenized = f", tokenized by {backends}{checked}" if backends else ""
-    lines.append(f"  {state.seconds:.1f} s, {count_bytes(state.rate)}/s with the start of Ray{before}{tokenized}")
+    lines.append(f"  {state.seconds:.1f} s, {count_bytes(state.rate)}/s from start to end{before}{tokenized}")
     return lines
 
 
