@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blues.cluster.pool import map_tasks
 from blues.data.chunks import TOKEN_TYPE
+from blues.data.growing import written_at
 from blues.data.manifest import partial_directory
 from blues.data.materialize import Materialization, Progress, find_present, request_of
 from blues.data.merge import Combination
@@ -61,11 +62,13 @@ def materialize(
         if source.store.path.resolve() == output.resolve():
             raise DataError(f"{str(output)!r} is one of the datasets that are merged; choose another directory")
     request = request_of(combined, settings)
+    partial = partial_directory(output)
     with exclusive(output):
         present = find_present(output, request, overwrite)
         if present is not None:
             return Materialized(present, None)
-        work = Materialization(combined, settings, partial_directory(output))
+        with written_at(partial):
+            work = Materialization(combined, settings, partial)
         report(work.progress())
         missing = work.missing
         size = sum(int(shard.picks["tokens"].sum()) for shard in missing.values()) * TOKEN_TYPE.itemsize
@@ -75,5 +78,6 @@ def materialize(
         ):
             work.done(number)
             report(work.progress())
-        store = work.publish(output, code_version())
+        with written_at(partial):
+            store = work.publish(output, code_version())
     return Materialized(store, work.progress())

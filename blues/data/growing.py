@@ -6,15 +6,17 @@ interruption, but never for another request; in the end the dataset under its na
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from blues import config as cfg
 from blues.data.chunks import CHUNKS, ChunkRecord
 from blues.data.manifest import encode_json
+from blues.errors import DataError
 
 REQUEST = "request.json"
 """In a growing dataset: what is being made of what, so that only the same command goes on with it."""
@@ -31,6 +33,16 @@ def open_growing(partial: Path, request: Mapping[str, Any]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     cfg.write_atomic(partial / REQUEST, encode_json(dict(request)))
+
+
+@contextlib.contextmanager
+def written_at(partial: Path) -> Iterator[None]:
+    """Inside the `with` block what the operating system refuses, such as more space, is a `DataError`."""
+    try:
+        yield
+    except OSError as problem:
+        what = problem.strerror or " ".join(str(problem).split())  # Arrow's have no strerror
+        raise DataError(f"cannot write {str(partial)!r}: {what}; check its permissions and free space") from None
 
 
 def take_name(partial: Path, output: Path, chunks: Iterable[ChunkRecord], scratch: Iterable[str]) -> None:

@@ -23,6 +23,7 @@ import xxhash
 
 from blues import config as cfg
 from blues.data.chunks import TOKEN_TYPE, ChunkRecord, ChunkWriter, Compression
+from blues.data.growing import written_at
 from blues.data.manifest import encode_json
 from blues.data.store import Store
 from blues.errors import DataError
@@ -145,14 +146,10 @@ class ShardWriter:
         """
         if finished(self.partial, task) is not None:  # by an actor that died after it
             return
-        try:
+        with written_at(self.partial):
             record = self._write(shard)
             (self.partial / TASKS).mkdir(exist_ok=True)
             cfg.write_atomic(_record_file(self.partial, task), encode_json(asdict(record)))
-        except OSError as problem:
-            raise DataError(
-                f"cannot write {str(self.partial)!r}: {problem.strerror}; check its permissions and free space"
-            ) from None
 
     def _write(self, shard: Shard) -> ChunkRecord:
         rows, picks = self._rows_of(shard), shard.picks

@@ -16,7 +16,9 @@ import blues
 from blues.cluster import materialize as writing
 from blues.cluster import session
 from blues.cluster.materialize import materialize
+from blues.data import materialize as materializing
 from blues.data import store as st
+from blues.data import versions
 from blues.data.manifest import partial_directory
 from blues.data.materialize import Progress
 from blues.data.merge import Combination, combine, merge, open_dataset
@@ -102,6 +104,7 @@ def test_what_a_worker_cannot_do_is_one_sentence(ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_command_is_finished_by_another(ray_session, sources, combined, expected, tmp_path):
     """SIGKILL of `blues merge` and all its processes in mid-run; the same dataset is made in the end."""
     output = tmp_path / "out"
@@ -208,6 +211,19 @@ def test_a_mixture_can_be_written_out_in_its_own_place(sources, tmp_path):
     with pytest.raises(DataError, match="mix' is one of the datasets that are merged; choose another directory"):
         materialize(again, tmp_path / "mix", Settings(keep_order=True), overwrite=True)
     assert st.Store.open(tmp_path / "mix").checksum == store.checksum
+
+
+def test_a_disk_that_is_full_outside_of_the_shards_is_one_sentence_too(combined, expected, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("Error writing bytes to file. Detail: [errno 28] No space left on device")  # as Arrow says it
+
+    for module, name in ((materializing, "write_rows"), (versions, "write_version")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(DataError, match=r"cannot write .*\.out\.partial': .*No space left .* free space"):
+                materialize(combined, tmp_path / "out", SHARDS)
+        assert not (tmp_path / "out").exists()
+    assert snapshot(materialize(combined, tmp_path / "out", SHARDS).store.path) == snapshot(expected)
 
 
 def test_only_one_process_writes(combined, tmp_path):
