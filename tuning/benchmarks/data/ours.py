@@ -79,9 +79,8 @@ def follow(meter: type[Meter], repository: str, commit: str, output: str, mode: 
     """What `blues prepare` does to a repository, in a process that has imported what is needed: planning, and Ray's
     start where it is needed."""
     import_module("ray.data")
-    at: dict[str, Any] = {"commit": commit}
     with meter() as spent:
-        planned = plan(repository, **at)
+        planned = plan(repository, commit=commit)
         done = prepare_plan(planned, output, Tokenizer.Config(), mode=mode)
     if not done.made:
         raise ValueError(f"nothing was done at {output}; it was there already")
