@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import json
 import queue
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from blues.data.store import (
 )
 from blues.errors import DataError
 
+REWRITTEN = "it says what it said, but its bytes are not those that were written"
 REPORT_S = 0.2
 Report = Callable[[int, int], None]
 """Told how many bytes of how many were read."""
@@ -230,43 +230,61 @@ def _scan(stores: Sequence[Store], counted: Store | None, num_workers: int, repo
     tokenizer, nothing = (counted or stores[0]).tokenizer.build(), np.zeros((0, 2), dtype=np.int64)
     workers = max(1, min(num_workers, len(chunks)))
     scanners = [Scanner(stores[0].path, tokenizer.n_vocab, tokenizer.eot_id) for _ in range(workers)]
-    free: queue.SimpleQueue[Scanner] = queue.SimpleQueue()
-    for scanner in scanners:
-        free.put(scanner)
-    stopped = threading.Event()
-
-    def scan(chunk: ChunkRecord) -> Scan:
-        if stopped.is_set():
-            return Scan(None, ())
-        scanner = free.get()
-        try:
-            return scanner.scan(chunk, ranges.get(chunk, nothing))
-        finally:
-            free.put(scanner)
-
     total = sum(chunk.data.bytes + chunk.index.bytes for chunk in chunks)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: set[Future] = set()
-        try:
-            futures = [pool.submit(scan, chunk) for chunk in chunks]
-            waiting = set(futures)
-            while waiting:
-                _, waiting = wait(waiting, timeout=REPORT_S, return_when=FIRST_COMPLETED)
-                if report is not None:
-                    report(sum(scanner.bytes for scanner in scanners), total)
-        finally:
-            stopped.set()  # an error, or Ctrl-C: what has not begun does not begin
+
+    def scan(scanner: Scanner, chunk: ChunkRecord) -> Scan:
+        return scanner.scan(chunk, ranges.get(chunk, nothing))
+
+    def tell() -> None:
+        if report is not None:
+            report(sum(scanner.bytes for scanner in scanners), total)
+
     found = Examination([], counted)
-    for chunk, future in zip(chunks, futures, strict=True):
-        result = future.result()
+    for chunk, result in zip(chunks, _spread(scan, scanners, chunks, tell), strict=True):
         found.issues += result.issues
         if result.contents is not None:
             found.contents[chunk] = result.contents
     for split in SPLITS:
         of_split = [scanner.counts_V[split] for scanner in scanners if split in scanner.counts_V]
-        found.counts_V[split] = sum(of_split, np.zeros(scanners[0].n_vocab, dtype=np.int64))
+        found.counts_V[split] = sum(of_split, np.zeros(tokenizer.n_vocab, dtype=np.int64))
     found.issues = list(dict.fromkeys(found.issues))  # a chunk that two versions describe differently is read twice
     return found
+
+
+def _spread(
+    work: Callable[[Scanner, ChunkRecord], Scan],
+    scanners: Sequence[Scanner],
+    chunks: Sequence[ChunkRecord],
+    tell: Callable[[], None],
+) -> list[Scan]:
+    """`work` for every chunk, in a thread for each scanner. `tell` is called all the while."""
+    if len(scanners) == 1:
+        results = []
+        for chunk in chunks:
+            results.append(work(scanners[0], chunk))
+            tell()
+        return results
+    free: queue.SimpleQueue[Scanner] = queue.SimpleQueue()
+    for scanner in scanners:
+        free.put(scanner)
+
+    def with_one(chunk: ChunkRecord) -> Scan:
+        scanner = free.get()
+        try:
+            return work(scanner, chunk)
+        finally:
+            free.put(scanner)
+
+    with ThreadPoolExecutor(len(scanners)) as pool:
+        futures = [pool.submit(with_one, chunk) for chunk in chunks]
+        try:
+            while wait(futures, timeout=REPORT_S).not_done:
+                tell()
+        except BaseException:  # such as Ctrl-C: what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    tell()
+    return [future.result() for future in futures]
 
 
 def _counted_ranges(store: Store) -> dict[ChunkRecord, np.ndarray]:
@@ -292,7 +310,7 @@ def _read_manifest(path: Path, name: str, issues: list[Issue], number: int | Non
     try:
         tree = read_checked_json(path, name, FORMAT, VERSION)
         if (path / name).read_bytes() != encode_json(tree, indent=1):
-            issues.append(Issue(name, "it says what it said, but its bytes are not those that were written"))
+            issues.append(Issue(name, REWRITTEN))
         require(tree, MANIFEST_SHAPE)
     except DataError as error:
         issues.append(Issue(name, str(error)))
@@ -326,7 +344,7 @@ def _wrong_parents(trees: Mapping[int, Mapping[str, Any] | None]) -> Iterator[Is
 def _wrong_copies(path: Path, top: Mapping[str, Any], trees: Mapping[int, Mapping[str, Any] | None]) -> Iterator[Issue]:
     """Whether the manifest at the top is that of the newest version."""
     newest, own = max(trees), trees.get(top["version"])
-    if top["version"] not in trees:
+    if not (path / version_folder(top["version"])).is_dir():
         yield Issue(MANIFEST, f"it is that of version {top['version']}, which is not there")
     if top["version"] < newest:
         partial = partial_directory(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def is_path(value: Any) -> bool:
+    """For `require`: a string that can be the name of a file."""
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def is_share(value: Any) -> bool:
+    """For `require`: a fraction such as 3/4, not negative."""
+    return isinstance(value, str) and re.fullmatch(r"\d{1,30}(/[1-9]\d{0,30})?", value) is not None
+
+
 def is_count(value: Any) -> bool:
     """For `require`: a whole number, not negative."""
     return type(value) is int and 0 <= value < 1 << 63
@@ -100,7 +111,7 @@ def is_tree(value: Any) -> bool:
 
 def is_file(value: Any) -> bool:
     """For `require`: a file within a dataset."""
-    return isinstance(value, str) and not {"", "..", "."} & set(value.split("/")) and "\0" not in value
+    return is_path(value) and not {"", "..", "."} & set(value.split("/"))
 
 
 def _join(where: str, key: str) -> str:

@@ -31,7 +31,18 @@ from blues import config as cfg
 from blues.config import nearest
 from blues.data import store as st
 from blues.data.manifest import FORMAT as STORE_FORMAT
-from blues.data.manifest import MANIFEST, MIXTURE, MIXTURE_FORMAT, read_checked_json, write_checked_json
+from blues.data.manifest import (
+    MANIFEST,
+    MIXTURE,
+    MIXTURE_FORMAT,
+    is_count,
+    is_path,
+    is_share,
+    is_text,
+    read_checked_json,
+    require,
+    write_checked_json,
+)
 from blues.data.schedule import MAX_PERIOD, round_weights
 from blues.errors import ConfigError, DataError
 from blues.table import align
@@ -40,6 +51,20 @@ logger = logging.getLogger("blues")
 
 FORMAT = MIXTURE_FORMAT
 VERSION = 2
+MIXTURE_SHAPE = {
+    "strategy": is_text,
+    "sources": [
+        {
+            "name": is_text,
+            "path": is_path,
+            "checksum": is_text,
+            "fingerprint": is_text,
+            "train_tokens": is_count,
+            "weight": is_share,
+        }
+    ],
+}
+"""What a mixture.json holds, for `manifest.require`."""
 Strategy = Literal["weighted", "equal", "proportional"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
@@ -99,11 +124,27 @@ def sources_of(
     if not (path / MIXTURE).exists():
         name = st.split_version(path)[0].absolute().name
         return "single", [(name, Fraction(1), functools.partial(st.Store.open, path, check_sizes=check_sizes))]
-    tree = read_checked_json(path, MIXTURE, FORMAT, VERSION)
+    tree = read_mixture(path)
     return tree["strategy"], [
         (source["name"], Fraction(source["weight"]), functools.partial(_open_merged, path, source, check_sizes))
         for source in tree["sources"]
     ]
+
+
+def read_mixture(path: Path) -> dict[str, Any]:
+    """The mixture.json of a merged dataset, with everything that reading one relies on.
+
+    Raises:
+        DataError: it is damaged or lacks something.
+    """
+    tree = read_checked_json(path, MIXTURE, FORMAT, VERSION)
+    try:
+        require(tree, MIXTURE_SHAPE)
+    except ValueError as error:
+        raise DataError(f"{str(path / MIXTURE)!r} lacks or cannot use {error}; merge again") from None
+    if sum(Fraction(source["weight"]) for source in tree["sources"]) != 1:
+        raise DataError(f"the weights in {str(path / MIXTURE)!r} are no shares that sum to 1; merge again")
+    return tree
 
 
 def _open_merged(path: Path, source: dict[str, Any], check_sizes: bool) -> st.Store:

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from blues.data.checking import Examination, check_dataset, documents_of, unknown_files
+from blues.data.checking import REWRITTEN, Examination, check_dataset, documents_of, unknown_files
 from blues.data.chunks import TOKEN_TYPE
-from blues.data.manifest import MANIFEST, MIXTURE, MIXTURE_FORMAT, is_count, is_text, read_checked_json, require
-from blues.data.merge import VERSION as MIXTURE_VERSION
-from blues.data.merge import open_dataset
+from blues.data.manifest import MANIFEST, MIXTURE, encode_json
+from blues.data.merge import open_dataset, read_mixture
 from blues.data.report import Report, Source, Version
 from blues.data.statistics import Overlap, Statistics, describe, overlap
 from blues.data.store import SPLITS, Issue, Store, StoredDocument, split_version
@@ -34,14 +33,6 @@ from blues.errors import ConfigError, DataError
 SAMPLE_SEED = 0
 SAMPLE_TOKENS = 1 << 24
 """Tokens that are tokenized again at most, some 5 seconds' worth: a sample may hold a document of 100 MB."""
-_SOURCE = {
-    "name": is_text,
-    "path": is_text,
-    "checksum": is_text,
-    "fingerprint": is_text,
-    "train_tokens": is_count,
-    "weight": is_text,
-}
 
 
 @dataclass(frozen=True)
@@ -130,22 +121,16 @@ def _parts(path: Path, issues: list[Issue]) -> list[_Part]:
             open_dataset(path)  # raises: it is none
         name = folder.absolute().name + ("" if number is None else f"@{number}")
         return [_Part(path, name, folder, Fraction(1), number=number)]
-    where = str(path / MIXTURE)
     try:
-        tree = read_checked_json(path, MIXTURE, MIXTURE_FORMAT, MIXTURE_VERSION)
-        require(tree, {"strategy": is_text, "sources": [_SOURCE]})
-        weights = [Fraction(source["weight"]) for source in tree["sources"]]
+        tree = read_mixture(path)
     except DataError as error:
-        issues.append(Issue(where, str(error)))
+        issues.append(Issue(str(path / MIXTURE), str(error)))
         return []
-    except (ValueError, ZeroDivisionError) as error:
-        issues.append(Issue(where, f"it lacks or cannot use {error}"))
-        return []
-    if sum(weights) != 1 or min(weights, default=0) < 0:
-        issues.append(Issue(where, "the weights of its sources are no shares that sum to 1"))
+    if (path / MIXTURE).read_bytes() != encode_json(tree, indent=1):
+        issues.append(Issue(str(path / MIXTURE), REWRITTEN))
     return [
-        _Part(path, said["name"], _plain(path / said["path"]), weight, checksum=said["checksum"], said=said)
-        for said, weight in zip(tree["sources"], weights, strict=True)
+        _Part(path, said["name"], _plain(path / said["path"]), Fraction(said["weight"]), said["checksum"], said=said)
+        for said in tree["sources"]
     ]
 
 
