@@ -3,7 +3,8 @@
 The first dataset has the best right to keep a document, then its order counts; validation documents come before all
 training documents, so training never keeps a copy of what it is validated on. Nothing is copied: each dataset that
 loses documents gets a new version with removed.parquet (what was removed, for which document, how similar); the old
-version stays, and a merged dataset keeps using it until it is merged again.
+version stays, and a merged dataset keeps using it until it is merged again. An update starts from all documents of the
+sources; remove the duplicates again after it.
 
 examples:
   blues dedup data/code
