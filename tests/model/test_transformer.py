@@ -276,6 +276,7 @@ def test_a_document_beside_others_has_the_logits_it_has_alone(dtype, tolerance):
 
 
 @pytest.mark.gpu
+<<<<<<< Updated upstream
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
 def test_documents_on_a_gpu_have_the_losses_and_gradients_of_the_cpu(dtype, tolerance):
     config = small(moe__router="softmax_top_k")
@@ -287,6 +288,28 @@ def test_documents_on_a_gpu_have_the_losses_and_gradients_of_the_cpu(dtype, tole
         results.append({name: grad.float().cpu() for name, grad in gradients(model).items() if "router" not in name})
     for name, grad in results[0].items():
         assert (results[1][name] - grad).norm() <= tolerance * grad.norm(), name
+=======
+def test_documents_on_a_gpu_have_the_gradients_of_the_cpu():
+    config = small(moe__router="softmax_top_k")
+    results = []
+    for device in ("cpu", "cuda"):
+        model = lively(config.build(), std=0.05).to(device)
+        ids, documents = tokens(model).to(device), packed_documents().expand(2, -1).to(device)
+        model(ids, ids, documents=documents).losses.total.backward()
+        results.append({name: grad.cpu() for name, grad in gradients(model).items()})
+    for name, grad in results[0].items():
+        assert (results[1][name] - grad).norm() <= 1e-3 * grad.norm(), name
+
+
+@pytest.mark.gpu
+def test_a_document_beside_others_has_the_logits_it_has_alone_on_a_gpu_in_bfloat16():
+    model = lively(small(moe=None).build(), std=0.1).to("cuda", torch.bfloat16).eval()
+    ids = tokens(model, batch=1).cuda()
+    together = model(ids, documents=packed_documents().cuda()).logits_BTV
+    alone = torch.cat([model(document).logits_BTV for document in ids.split(LENGTHS, dim=1)], dim=1)
+    assert (together - alone).norm() <= 2e-2 * alone.norm()
+    assert (model(ids).logits_BTV - alone).norm() > 0.2 * alone.norm(), "without numbers it is something else"
+>>>>>>> Stashed changes
 
 
 def test_the_gradients_of_packed_documents_are_those_of_each_alone():
