@@ -23,8 +23,8 @@ import xxhash
 if TYPE_CHECKING:
     from blues.data.fast_tokenizers import FastTokenizer
 
-WINDOW = 128
-"""Characters in the middle of a document whose hash (with the document's length) says whether it is re-checked."""
+WINDOW = 64
+"""Characters from the middle of a document whose hash (with the document's length) says whether it is re-checked."""
 EXCERPT = 32
 """Bytes of the text shown on each side of the first wrong token."""
 
@@ -116,32 +116,30 @@ class Rechecked:
         """
         tokens, ends = encode_flat(self.fast, texts)
         arrays = [tokens[start:stop] for start, stop in itertools.pairwise(ends.tolist())]
-        for number in chosen(texts, self.fast.one_in):
-            self._recheck(texts[number], arrays[number])
+        for number, digest in chosen(texts, self.fast.one_in).items():
+            if digest not in self._known:
+                wanted = self.oracle(texts[number])
+                if not np.array_equal(arrays[number], wanted):
+                    raise Disagreement(difference(self.fast.name, texts[number], wanted, arrays[number], self.encoding))
+                self._known.add(digest)
+                self.rechecked += 1
         return arrays
 
-    def _recheck(self, text: str, tokens: np.ndarray) -> None:
-        identity = digest(text)
-        if identity in self._known:
-            return
-        wanted = self.oracle(text)
-        if not np.array_equal(tokens, wanted):
-            raise Disagreement(difference(self.fast.name, text, wanted, tokens, self.encoding))
-        self._known.add(identity)
-        self.rechecked += 1
 
+def chosen(texts: Sequence[str], one_in: int) -> dict[int, int]:
+    """The numbers of the texts to re-check, and the digest each is chosen by: a multiple of `one_in`.
 
-def digest(text: str) -> int:
-    """64 bits of the middle of `text` and its length: enough to choose by, at a fixed price for each document."""
-    middle = len(text) >> 1
-    window = text[max(0, middle - WINDOW // 2) : middle + WINDOW // 2]
-    return xxhash.xxh3_64_intdigest(window.encode("utf-8", "surrogatepass"), len(text))
-
-
-def chosen(texts: Sequence[str], one_in: int) -> list[int]:
-    """The numbers of the texts to re-check: those whose digest is a multiple of `one_in`, wherever they stand."""
-    mask = one_in - 1
-    return [number for number, text in enumerate(texts) if not digest(text) & mask]
+    A digest is 64 bits of the middle of a text and its length, at the same price for a text of any length. It depends
+    on the text alone, so the same documents are chosen in any order and grouping, and by any backend.
+    """
+    found, mask = {}, one_in - 1
+    for number, text in enumerate(texts):
+        middle = len(text) >> 1
+        window = text[middle : middle + WINDOW].encode("utf-8", "surrogatepass")
+        digest = xxhash.xxh3_64_intdigest(window, len(text))
+        if not digest & mask:
+            found[number] = digest
+    return found
 
 
 def encode_flat(fast: FastTokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -145,3 +145,26 @@ assert (dict(os.environ), psutil.Process().num_threads()) == before
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("FASTOKENS")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_stays_bounded_over_text_never_seen_before(name):
+    code = f"""
+import numpy as np, psutil
+from blues.data.fast_tokenizers import BACKENDS
+from blues.data.tokenizer import load_encoding
+encoding = load_encoding(None)
+backend = BACKENDS[{name!r}](encoding._mergeable_ranks, encoding._pat_str)
+alphabet = "abcdefghijklmnopqrstuvwxyz" * 2 + "ABC_(). 012\\n" + " " * 8 + "éж中"
+rng, letters = np.random.default_rng(0), np.frombuffer(alphabet.encode("utf-32-le"), dtype="<u4")
+sizes = []
+for batch in range(320):
+    text = letters[rng.integers(0, len(letters), 1 << 20)].tobytes().decode("utf-32-le")
+    backend.encode([text[start : start + 10_000] for start in range(0, len(text), 10_000)])
+    sizes.append(psutil.Process().memory_info().rss >> 20)
+print(sizes)
+assert sizes[-1] - sizes[80] < 16, "MB over the last 250 MB of text"
+assert sizes[-1] < 500
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
