@@ -86,6 +86,17 @@ def test_a_wrong_token_anywhere_fails_the_self_test(change):
         parity.self_test(Fake(change), ENCODING)
 
 
+def test_a_border_between_documents_out_of_place_fails_the_self_test():
+    class Shifting(Fake):
+        def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+            tokens, ends = super().encode(texts)
+            ends[len(texts) // 2] += 1
+            return tokens, ends
+
+    with pytest.raises(Disagreement, match="where tiktoken gives"):
+        parity.self_test(Shifting(), ENCODING)
+
+
 def test_words_that_come_out_wrong_the_second_time_fail_the_self_test():
     seen: set[str] = set()
 
