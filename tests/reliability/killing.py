@@ -168,15 +168,15 @@ class Training(Case):
         self._train("expected")
 
     def _train(self, name: str) -> None:
-        log, batch = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), Mixture.batch
+        log, read = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), Mixture.read
 
-        def logged(mixture, indices):
-            found = batch(mixture, indices)
+        def logged(mixture, sources, windows):
+            found = read(mixture, sources, windows)
             digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in found if tensor is not None))
-            os.write(log, f"{mixture.split} {list(indices)} {digest.hexdigest()}\n".encode())
+            os.write(log, f"{mixture.split} {sources.tolist()} {windows.tolist()} {digest.hexdigest()}\n".encode())
             return found
 
-        Mixture.batch = logged
+        Mixture.read = logged
         steps = {"steps": 40, "checkpoint_every": 2, "validate_every": 20, "log_every": 10}
         exp = tiny.experiment(self.folder / "data" / "both", **steps)
         outcome, _ = train(exp, self.folder / name)
