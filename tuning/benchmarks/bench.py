@@ -60,7 +60,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement that is to be made. See `Measurement`. before: called ahead of every run, not measured."""
+    """A measurement that is to be made. See `Measurement`.
+
+    before: called ahead of every run, not measured. judge: makes the figures of what the call returns.
+    """
 
     name: str
     side: Side
@@ -68,6 +71,7 @@ class Probe:
     metrics: tuple[str, ...]
     note: str = ""
     before: Callable[[], object] = lambda: None
+    judge: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
 
 
 @dataclass
@@ -110,7 +114,7 @@ class Bench:
         load, began = os.getloadavg(), time.monotonic()
         try:
             probe.before()
-            answer = self.call(probe.call)
+            answer = probe.judge(self.call(probe.call))
         except (BluesError, OSError) as error:
             measurement.problem = str(error)
             self.say(f"  {probe.name}: FAILED: {error}")

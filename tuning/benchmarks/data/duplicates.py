@@ -67,8 +67,8 @@ def _changed(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def brute_force(meter: type[Meter], folder: str, output: str) -> dict:
-    """All pairs of documents with a Jaccard index of at least SIMILARITY, as int64[pairs, 2] in a file: one product of
-    the matrix documents x shingles with its transpose."""
+    """All pairs of documents that are similar by the default settings: `pairs` int64[pairs, 2] and their Jaccard
+    `index` in a file, by one product of the matrix documents x shingles with its transpose."""
     tokens_T, ends_D = np.load(Path(folder, "tokens.npy")), np.load(Path(folder, "ends.npy"))
     starts = np.concatenate(([0], ends_D[:-1])).tolist()
     with meter() as spent:
@@ -79,29 +79,19 @@ def brute_force(meter: type[Meter], folder: str, output: str) -> dict:
         has = sparse.csr_array((np.ones(len(columns), dtype=np.int32), columns, rows), shape=(len(sets), len(shingles)))
         common = sparse.triu(has @ has.T, k=1).tocoo()
         index = common.data / (sizes[common.row] + sizes[common.col] - common.data)
-        pairs = np.stack((common.row, common.col), axis=1)[index >= SIMILARITY].astype(np.int64)
-    np.save(output, pairs)
-    return {"s": spent.seconds, "pairs": len(pairs)}
+        similar = index >= SETTINGS.threshold
+        pairs = np.stack((common.row, common.col), axis=1)[similar].astype(np.int64)
+    np.savez(output, pairs=pairs, index=index[similar])
+    return {"s": spent.seconds, "pairs": int(np.count_nonzero(index >= SIMILARITY))}
 
 
-def remove(meter: type[Meter], store: str, size: int, pairs: str | None = None) -> dict:
-    """`blues dedup` with its default settings, in this process, up to the writing of the new version.
-
-    Args:
-        size: bytes of text. pairs: file of the pairs that brute force found.
-
-    Returns recall as well where the pairs are known: the share of them that ended in one group. And `strangers`: near
-    copies that are removed though no pair of brute force has them.
-    """
+def remove(meter: type[Meter], store: str, size: int) -> dict:
+    """`blues dedup` with its default settings, in this process, up to the writing of the new version. size: bytes of
+    text. Returns the numbers of the training documents that would go as `removed`."""
     with meter() as spent:
         found = dedup([store], Request(SETTINGS), dry_run=True)
-    figures = {"MB/s a core": size / MB / spent.cpu_s, "s": spent.seconds, "growth MB": spent.growth_mb}
-    if pairs is None or found.summary is None:
-        return figures
-    similar, removed = np.load(pairs), found.summary.removed
-    roots = np.arange(found.before[0].num_documents("train"))
-    roots[removed["document"].to_numpy()] = removed["kept_document"].to_numpy()
-    likely = removed.filter(pc.greater_equal(removed["similarity"], SIMILARITY))["document"].to_numpy()
-    strangers = int(np.count_nonzero(~np.isin(likely, similar)))
-    recall = float(np.mean(roots[similar[:, 0]] == roots[similar[:, 1]]))
-    return figures | {"recall %": 100 * recall, "strangers": strangers}
+    if found.summary is None:
+        raise ValueError(f"the duplicates of {store} were removed before")
+    removed = found.summary.removed.filter(pc.field("split") == "train")["document"].to_pylist()
+    rates = {"MB/s a core": size / MB / spent.cpu_s, "MB/s": size / MB / spent.seconds}
+    return rates | {"growth MB": spent.growth_mb, "removed": removed}

@@ -9,7 +9,7 @@ import pytest
 
 from blues.data.store import Store
 from tests.data.datasets import make_store
-from tuning.benchmarks.data import duplicates
+from tuning.benchmarks.data import dedup, duplicates
 from tuning.benchmarks.worker import Meter
 
 
@@ -20,7 +20,7 @@ def copies(tmp_path_factory):
     documents = [np.random.default_rng(seed).integers(0, 256, 200).tolist() for seed in range(40)]
     make_store(folder / "source", train=[documents], validation=[[[1, 2, 3]]])
     made = duplicates.write_copies(Meter, str(folder / "source"), str(folder / "made"), 40, copies=0.8, seed=0)
-    found = duplicates.brute_force(Meter, str(folder / "made"), str(folder / "pairs.npy"))
+    found = duplicates.brute_force(Meter, str(folder / "made"), str(folder / "known.npz"))
     return folder, made, found
 
 
@@ -42,18 +42,22 @@ def test_brute_force_is_the_definition(copies):
     shingles = sets(folder)
     index = {(a, b): len(shingles[a] & shingles[b]) / len(shingles[a] | shingles[b])
              for a, b in combinations(range(len(shingles)), 2)}  # fmt: skip
-    expected = sorted(pair for pair, value in index.items() if value >= duplicates.SIMILARITY)
-    assert sorted(map(tuple, np.load(folder / "pairs.npy").tolist())) == expected and found["pairs"] == len(expected)
-    assert any(0.55 < value < 0.8 for value in index.values())  # and some that need not be found
+    with np.load(folder / "known.npz") as known:
+        brute = {tuple(pair): value for pair, value in zip(known["pairs"].tolist(), known["index"], strict=True)}
+    assert brute == {pair: pytest.approx(value) for pair, value in index.items() if value >= 0.7}
+    assert found["pairs"] == sum(value >= duplicates.SIMILARITY for value in index.values()) > 0
+    assert any(0.55 < value < 0.7 for value in index.values())  # and some that need not be found
 
 
-def test_what_is_found_is_counted(copies, tmp_path):
+def test_what_blues_removes_leaves_no_similar_pair_and_takes_nothing_else(copies):
     folder, made, _ = copies
-    store = str(folder / "made")
-    figures = duplicates.remove(Meter, store, made["bytes"], str(folder / "pairs.npy"))
-    assert figures["recall %"] == 100 and figures["strangers"] == 0 and figures["MB/s a core"] > 0
-    assert set(duplicates.remove(Meter, store, made["bytes"])) == {"MB/s a core", "s", "growth MB"}
-    np.save(tmp_path / "more.npy", np.array([[0, 1]] * 3))  # pairs that are none, and none of the others
-    figures = duplicates.remove(Meter, store, made["bytes"], str(tmp_path / "more.npy"))
-    assert figures["recall %"] in (0.0, 100.0) and figures["strangers"] > 0
-    assert Store.open(folder / "made").version == 1
+    answer = duplicates.remove(Meter, str(folder / "made"), made["bytes"])
+    figures = dedup.judged(str(folder / "known.npz"), answer)
+    assert figures["recall %"] == 100 and figures["wrong"] == 0 and figures["MB/s a core"] > 0
+    assert figures["removed"] == len(answer["removed"]) and Store.open(folder / "made").version == 1
+
+
+def test_removals_are_judged_by_the_pairs(tmp_path):
+    np.savez(tmp_path / "known.npz", pairs=[[0, 1], [1, 2], [3, 4], [5, 6]], index=[0.9, 0.8, 0.85, 0.75])
+    figures = dedup.judged(str(tmp_path / "known.npz"), {"removed": [1, 6, 7]})
+    assert figures == {"removed": 3, "recall %": pytest.approx(200 / 3), "wrong": 1}

@@ -49,15 +49,14 @@ def test_shingles_are_the_runs_of_a_document(length, ngram):
     assert peers._shingles(content, 3, 3 + length, ngram) == runs
 
 
-def test_datasketch_proposes_the_copies(tmp_path):
+def test_datasketch_removes_the_later_copy(tmp_path):
     pytest.importorskip("datasketch")
     documents = [np.random.default_rng(seed).integers(0, 9_000, 300, dtype=np.uint32) for seed in (0, 1, 0)]
     np.save(tmp_path / "tokens.npy", np.concatenate(documents))
     np.save(tmp_path / "ends.npy", np.array([300, 600, 900]))
-    np.save(tmp_path / "pairs.npy", np.array([[0, 2]]))
     settings = {"ngram": 5, "permutations": 128, "threshold": 0.7}
-    figures = peers.find_copies(Meter, str(tmp_path), 3600, str(tmp_path / "pairs.npy"), **settings)
-    assert figures["recall %"] == 100 and figures["MB/s a core"] > 0
+    figures = peers.remove_copies(Meter, str(tmp_path), 3600, **settings)
+    assert figures["removed"] == [2] and figures["MB/s a core"] > 0
 
 
 def test_nothing_of_blues_is_needed_where_the_peers_run():
