@@ -7,16 +7,23 @@ Compressed files and files in another encoding than UTF-8 cannot be cut.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blues.data import streams
 from blues.data.places import Place
 from blues.data.readers import CsvRows, Part, csv_delimiter, text_pieces
-from blues.data.streams import BLOCK_BYTES, UTF8, compression_of, open_random, open_stream
+from blues.data.streams import BLOCK_BYTES, UTF8, UTF8_MARK, compression_of, open_random, open_stream
 from blues.errors import DataError
+
+WINDOW_BYTES = 4 << 20
+NEWLINE, RETURN, QUOTE = b'\n\r"'
 
 
 def cut(place: Place, whole: Part, part_bytes: int, above: int) -> list[Part]:
@@ -52,16 +59,90 @@ def _is_plain(place: Place, whole: Part) -> bool:
 
 def _cut_csv(place: Place, whole: Part, part_bytes: int) -> Iterator[Part]:
     """Parts that end between two rows. The whole file is read for its quotes."""
+    size, start, first, row = whole.entry.size, 0, 1, 0  # row: the number of the first of `ends`, the header being 0
     with place.open(whole.entry) as stream:
-        rows = CsvRows(stream, csv_delimiter(whole.file))
-        values = iter(rows)
-        next(values, None)  # the header
-        start, first = 0, 1
-        for row, _ in enumerate(values, start=1):
-            if rows.position - start >= part_bytes and rows.position < whole.entry.size:
-                yield _piece(whole, start, rows.position, first)
-                start, first = rows.position, row + 1
-        yield _piece(whole, start, whole.entry.size, first)
+        for ends in csv_row_ends(stream, csv_delimiter(whole.file), size):
+            while True:
+                at = max(int(np.searchsorted(ends, start + part_bytes)), 1 - row)
+                if at >= len(ends) or ends[at] >= size:
+                    break
+                yield _piece(whole, start, int(ends[at]), first)
+                start, first = int(ends[at]), row + at + 1
+            row += len(ends)
+    yield _piece(whole, start, size, first)
+
+
+def csv_row_ends(stream: BinaryIO, delimiter: str, size: int) -> Iterator[np.ndarray]:
+    """Where each row ends that `CsvRows` would give, in bytes from the beginning, some rows at a time.
+
+    As long as every quote stands where the rules of CSV allow one, it is enough to count quotes; from the first row on
+    where one does not, the csv module decides (`csv_row_ends_by_reading`, the reference).
+    """
+    base = 0
+    while base < size:
+        stream.seek(base)
+        ends = _ends_of_regular_rows(stream, delimiter, size - base, first=base == 0)
+        if ends is None:
+            yield from csv_row_ends_by_reading(stream, delimiter, base)
+            return
+        behind, kept = ends
+        yield base + kept
+        base += behind
+
+
+def csv_row_ends_by_reading(stream: BinaryIO, delimiter: str, start: int = 0) -> Iterator[np.ndarray]:
+    """The same by reading rows one by one from `start` on, the end of a row."""
+    stream.seek(0)
+    rows = CsvRows(stream, delimiter, start)
+    positions = (rows.position for _ in rows)
+    while found := list(itertools.islice(positions, 4096)):
+        yield np.array(found, np.int64)
+
+
+def _ends_of_regular_rows(stream: BinaryIO, delimiter: str, left: int, first: bool) -> tuple[int, np.ndarray] | None:
+    """From the beginning of a row on: how many bytes of whole rows there are in the next window, and where those that
+    are not empty end. None if a row is irregular, or longer than a document may be."""
+    window = b""
+    while True:
+        more = stream.read(min(left - len(window), max(len(window), WINDOW_BYTES)))
+        window += more
+        ended = len(window) >= left or not more
+        mark = len(UTF8_MARK) if first and window.startswith(UTF8_MARK) else 0
+        text = np.frombuffer(window[mark:] + b"\n" if ended else window[mark:], np.uint8)
+        quotes, lines = np.flatnonzero(text == QUOTE), np.flatnonzero(text == NEWLINE)
+        ends = lines[np.searchsorted(quotes, lines) % 2 == 0] + 1  # an even number of quotes before it: outside of them
+        if len(ends) or ended:
+            break
+        if len(window) > streams.MAX_DOCUMENT_BYTES:
+            return None
+    if not len(ends) or (ended and len(quotes) % 2):
+        return None
+    behind = int(ends[-1])
+    starts = np.concatenate([[0], ends[:-1]])
+    if (ends - starts).max() > streams.MAX_DOCUMENT_BYTES:
+        return None
+    text, quotes = text[:behind], quotes[: np.searchsorted(quotes, behind)]
+    if not _regular(text, quotes, ord(delimiter)):
+        return None
+    lengths = ends - starts - 1
+    empty = (lengths == 0) | ((lengths == 1) & (text[starts] == RETURN))
+    # Of the file's last row the line end was added here.
+    kept = np.minimum(ends[~empty] + mark, len(window))
+    return min(behind + mark, len(window)), kept
+
+
+def _regular(text: np.ndarray, quotes: np.ndarray, delimiter: int) -> bool:
+    """Whether quotes open cells, close cells or stand for one, and nothing else; and carriage returns end lines."""
+    opening, closing = quotes[0::2], quotes[1::2]
+    before = text[opening[opening > 0] - 1]
+    behind = text[closing + 1]
+    returns = np.flatnonzero(text == RETURN)
+    returns = returns[np.searchsorted(quotes, returns) % 2 == 0]
+    return bool(
+        ((before == delimiter) | (before == NEWLINE) | (before == QUOTE)).all()
+        and ((behind == delimiter) | (behind == NEWLINE) | (behind == RETURN) | (behind == QUOTE)).all()
+        and (text[returns + 1] == NEWLINE).all()
+    )
 
 
 def _cut_jsonl(place: Place, whole: Part, part_bytes: int) -> Iterator[Part]:

@@ -13,7 +13,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +42,7 @@ class Entry:
     """
 
     file: str
-    path: str
+    path: str = field(repr=False)  # of a URL it may hold a signature
     size: int
     stamp: str
     seeks: bool = True
@@ -141,7 +141,8 @@ class LocalFiles(Place):
         return Entry(shown(path), path, status.st_size, str(status.st_mtime_ns))
 
     def open(self, entry: Entry) -> BinaryIO:
-        return open(os.path.join(self.folder, entry.path), "rb", buffering=READ_BYTES)
+        buffering = min(max(entry.size + 1, 4096), READ_BYTES)  # a large buffer costs more than a small file
+        return open(os.path.join(self.folder, entry.path), "rb", buffering=buffering)
 
     def check(self, entry: Entry) -> None:
         status = os.stat(os.path.join(self.folder, entry.path))

@@ -308,7 +308,9 @@ def _read_source(place: Place, part: Part) -> Iterator[Record]:
         content = b""
         if size <= limit:
             with open_bytes(place, part.entry) as stream:
-                content = stream.read(limit + 1)
+                content = stream.read(size + 1)
+                if len(content) > size:  # decompressed
+                    content += stream.read(limit + 1 - len(content))
             size = max(size, len(content))
         named = cookie(content) if part.language == "python" else None
         encoding = marked(content) or (encoding if named is None else codec(named))
@@ -417,8 +419,9 @@ def clean_text(
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        size = len(text.encode("utf-8"))
-        id.encode("utf-8")
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+        if not id.isascii():
+            id.encode("utf-8")
     except UnicodeError as error:
         return Rejected(file, row, *_undecodable(encoding, getattr(error, "start", 0), ""))
     if size > streams.MAX_DOCUMENT_BYTES:

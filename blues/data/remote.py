@@ -17,6 +17,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TypeVar
@@ -24,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 import xxhash
 
-from blues.data.places import LINK, READ_BYTES, Choose, Entry, Place, hidden_below, in_order
+from blues.data.places import LINK, READ_BYTES, Choose, Entry, Place, hidden_below, in_order, passes_over
 from blues.errors import DataError
 
 ONE_REQUEST_BYTES = 4 << 20
@@ -90,7 +91,8 @@ class RemoteFiles(Place):
     def entries(self, choose: Choose, ignored: Counter[str]) -> list[Entry]:
         with self._reaching("", DataError):
             system, root = self._connect()
-            listed = system.find(root, maxdepth=DEEPEST, detail=True)
+            system.invalidate_cache()  # what it listed for an earlier plan
+            listed = self._walk(system, root) if _walks(system) else _again(lambda: system.find(root, detail=True))
         found = []
         for path, info in listed.items():
             if _is_http(system):
@@ -110,21 +112,36 @@ class RemoteFiles(Place):
                 found.append(Entry(_text(file), path, -1 if size is None else size, _stamp(info, times=False)))
         return in_order(found)
 
+    def _walk(self, system: Any, root: str) -> dict[str, dict[str, Any]]:
+        """Every file below a folder with what is known of it. (fsspec's own walk leaves out what it fails to list.)"""
+        files: dict[str, dict[str, Any]] = {}
+        level = [root]
+        for _ in range(DEEPEST):
+            with ThreadPoolExecutor(self.threads) as pool:
+                listings = list(pool.map(lambda folder: _again(lambda: system.ls(folder, detail=True)), level))
+            infos = {info["name"]: info for listing in listings for info in listing}
+            files |= {path: info for path, info in infos.items() if info["type"] != "directory"}
+            level = [path for path, info in infos.items() if info["type"] == "directory" and not _is_left_out(path)]
+            if not level:
+                return files
+        raise DataError(f"{self.where('')} has folders {DEEPEST} levels deep; do they contain themselves?")
+
     def resolve(self, entry: Entry) -> Entry:
         """Ask for what the listing did not say; read the file where asking does not help either."""
         size, stamp = entry.size, entry.stamp
         if size < 0 or not stamp:
             info = self._info(entry)
             size, stamp = (-1 if info.get("size") is None else info["size"]), _stamp(info)
-        seeks = size <= ONE_REQUEST_BYTES or self._has_ranges(entry, size)
-        if size >= 0 and stamp:
-            return Entry(entry.file, entry.path, size, stamp, seeks)
-        size, digest = 0, xxhash.xxh3_128()
-        with io.BufferedReader(_Stream(self, Entry(entry.file, entry.path, -1, "", False)), BLOCK_BYTES) as stream:
-            while block := stream.read(READ_BYTES):
-                size += len(block)
-                digest.update(block)
-        return Entry(entry.file, entry.path, size, f"xxh3:{digest.hexdigest()}", seeks)
+        known, digest = size >= 0, xxhash.xxh3_128()
+        if not known or not stamp:
+            size = 0
+            with io.BufferedReader(_Stream(self, Entry(entry.file, entry.path, -1, "", False)), BLOCK_BYTES) as stream:
+                while block := stream.read(READ_BYTES):
+                    size += len(block)
+                    digest.update(block)
+            stamp = f"xxh3:{digest.hexdigest()}"
+        seeks = size <= ONE_REQUEST_BYTES or (known and self._has_ranges(entry, size))
+        return Entry(entry.file, entry.path, size, stamp, seeks)
 
     def content(self, entry: Entry) -> str:
         if entry.stamp.startswith("xxh3:"):
@@ -302,12 +319,13 @@ def _again(function: Callable[[], Made]) -> Made:
 
 
 def _problem(error: Exception) -> OSError:
-    words = redact(" ".join(str(error.__cause__ or error).split())) or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "nothing is there" + (f" ({words})" if error.__cause__ else ""))
-    if isinstance(error, PermissionError) or getattr(error, "status", 0) in (401, 403):
+    cause = error.__cause__ or error  # fsspec tells of every failure of a web server as of a missing file
+    words = redact(" ".join(str(cause).split())) or type(cause).__name__
+    if isinstance(cause, PermissionError) or getattr(cause, "status", 0) in (401, 403):
         hint = "credentials come from the environment or from fsspec's configuration"
         return PermissionError(errno.EACCES, f"access denied ({words}); {hint}")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, "nothing is there" + ("" if cause is error else f" ({words})"))
     return OSError(errno.EIO, words)
 
 
@@ -319,6 +337,20 @@ def _stamp(info: Mapping[str, Any], times: bool = True) -> str:
                 value = str(info[name]).removeprefix("W/").strip('"')  # listings and files quote them differently
                 return f"{name.lower().replace('-', '_')}:{value}"
     return ""
+
+
+def _walks(system: Any) -> bool:
+    """Whether it finds files by listing one folder after the other. Object stores list them all at a time."""
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    if isinstance(system, AsyncFileSystem):
+        return type(system)._find is AsyncFileSystem._find
+    return type(system).find is AbstractFileSystem.find
+
+
+def _is_left_out(folder: str) -> bool:
+    return passes_over(unquote(folder.rstrip("/").rpartition("/")[2]))
 
 
 def _is_http(system: Any) -> bool:
