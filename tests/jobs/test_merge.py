@@ -131,18 +131,18 @@ def test_a_file_that_cannot_be_used_and_no_datasets_at_all_are_one_sentence(tmp_
 # Written out.
 
 
-def test_a_mixture_is_written_out_and_verified(tmp_path, capsys):
+def test_a_mixture_is_written_out_verified_and_shown(tmp_path, capsys):
     sources = [
         str(make_store(tmp_path / name, train=[[f"{name} {n}" for n in range(40)]], validation=[["held"]]))
         for name in ("code", "text")
     ]
-    output = tmp_path / "out"
+    output, page = tmp_path / "out", tmp_path / "page.html"
     words = ["--weights", "0.7", "0.3", "--materialize", "--compression", "zstd", "--seed", "3"]
-    assert run(sources, output, *words, "--verify") == 0
+    assert run(sources, output, *words, "--page", str(page)) == 0
     out, err = capsys.readouterr()
     assert err == "" and f"dataset {output} (weighted, written out)" in out
     assert any(line.split()[:3] == ["code", "1", "0.7000"] for line in out.splitlines())
-    assert "good: " in out
+    assert "good: " in out and "<html" in page.read_text()
     assert not open_dataset(output).merged and st.Store.open(output).check() == []
     before = snapshot(output)
     assert run(sources, output, *words) == 0
@@ -172,6 +172,7 @@ def test_a_version_is_compacted(tmp_path, capsys):
         (["--materialize", "--keep-order"], "--keep-order writes one dataset as it stands, and there are code, text"),
         (["--materialize", "--num-workers", "0"], "--num-workers must be at least 1, got 0"),
         (["--materialize", "--compression", "gzip"], "unknown compression 'gzip'. Choose from: none, zstd."),
+        (["--page", "/"], "--page: '/' is a folder"),
         (["--materialize", "--tokens", "0"], "0 tokens (--tokens) cannot be written; ask for 1 or more"),
     ],
 )
