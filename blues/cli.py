@@ -32,6 +32,7 @@ JOURNEY = (
     "dedup",
     "merge",
     "verify",
+    "inspect",
     "train",
     "sweep",
     "generate",
@@ -120,9 +121,16 @@ def _partition(words: list[str], separator: str) -> tuple[list[str], bool, list[
 
 
 def job_names() -> list[str]:
-    """The modules of `jobs/`, in the order of the journey."""
-    found = [module.name for module in pkgutil.iter_modules(import_module("jobs").__path__)]
+    """The commands that modules of `jobs/` are, in the order of the journey."""
+    found = [module.name.removesuffix("_") for module in pkgutil.iter_modules(import_module("jobs").__path__)]
     return [name for name in JOURNEY if name in found] + sorted(name for name in found if name not in JOURNEY)
+
+
+def module_name(job: str) -> str:
+    """The module of `jobs/` that a job is: its name, with _ behind one that Python's own library has (`inspect`).
+
+    Where a job is started as a file, its folder is where Python looks first, for its own modules too."""
+    return f"{job}_" if job in sys.stdlib_module_names else job
 
 
 def command_names() -> list[str]:
@@ -141,7 +149,7 @@ def command(name: str) -> Command:
     names = command_names()
     if name not in names:
         raise ConfigError(f"unknown command {name!r}.{nearest(name, names)}")
-    module = import_module(f"jobs.{name}")
+    module = import_module(f"jobs.{module_name(name)}")
     return Command(name=name, description=module.__doc__ or "", add_arguments=module.add_arguments, run=module.run)
 
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from blues.cluster import jobs
 
-    _check_job(args.job, args.job_arguments)
+    args.job = _check_job(args.job, args.job_arguments)
     address = args.address or next((os.environ[name] for name in jobs.ADDRESS_VARIABLES if os.environ.get(name)), None)
     if address is not None:
         return _run_remote(args, jobs.server_at(address))
@@ -55,14 +55,15 @@ def run(args: argparse.Namespace) -> int:
             raise
 
 
-def _check_job(job: str, arguments: list[str]) -> None:
-    """Refuse here and now what the job would refuse there in a minute."""
-    from blues.cli import job_names, job_parser
+def _check_job(job: str, arguments: list[str]) -> str:
+    """Refuse here and now what the job would refuse there in a minute; returns the module of the job."""
+    from blues.cli import job_names, job_parser, module_name
 
     names = [name for name in job_names() if name != "submit"]
     if job not in names:
         raise ClusterError(f"{job!r} is not a job that can be submitted.{nearest(job, names)}")
     job_parser(job).parse(arguments)
+    return module_name(job)
 
 
 def _run_remote(args: argparse.Namespace, server: JobServer) -> int:

@@ -225,6 +225,7 @@ def test_variants_lists_families_members_fields_and_defaults(capsys):
 
 @pytest.mark.parametrize("name", cli.job_names())
 def test_every_job_also_runs_as_a_module_and_as_a_file(name):
-    for command in (["-m", f"jobs.{name}"], [f"{cli.import_module(f'jobs.{name}').__file__}"]):
+    module = f"jobs.{cli.module_name(name)}"
+    for command in (["-m", module], [str(cli.import_module(module).__file__)]):
         ended = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True)
         assert ended.returncode == 0 and ended.stdout.startswith(f"usage: blues {name}"), ended.stderr

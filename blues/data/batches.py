@@ -195,6 +195,11 @@ class Mixture(cfg.Configurable):
             None if documents is None else torch.from_numpy(documents),
         )
 
+    def pieces_of(self, index: int) -> tuple[int, NDArray[np.int64]]:
+        """The source of a sample, and where in its split its targets lie: int64[m, 2], see `Windows.pieces`."""
+        sources, windows = self.windows_of([index])
+        return int(sources[0]), self._windows[int(sources[0])].pieces(int(windows[0]))
+
     def num_targets(self, indices: Sequence[int] | NDArray[np.int64]) -> int:
         """Targets that are not padding in these samples together; reads no tokens."""
         if not any(windows.padded for windows in self._windows):

@@ -76,7 +76,7 @@ class History:
         """The version with this checksum or number; the newest without either."""
         if number is not None:
             return next((store for store in self.versions if store.version == number), None)
-        wanted = checksum or self.newest
+        wanted = self.newest if checksum is None else checksum
         return next((store for store in self.versions if store.checksum == wanted), None)
 
 

@@ -57,6 +57,7 @@ MIXTURE_SHAPE = {
         {
             "name": is_text,
             "path": is_path,
+            "version": is_count,
             "checksum": is_text,
             "fingerprint": is_text,
             "train_tokens": is_count,
@@ -145,6 +146,12 @@ def read_mixture(path: Path) -> dict[str, Any]:
     if sum(Fraction(source["weight"]) for source in tree["sources"]) != 1:
         raise DataError(f"the weights in {str(path / MIXTURE)!r} are no shares that sum to 1; merge again")
     return tree
+
+
+def plain_path(path: Path) -> Path:
+    """`a/../b` as `b`, where that is the same place (it is not if `a` is a link)."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.resolve() == path.resolve() else path
 
 
 def _open_merged(path: Path, source: dict[str, Any], check_sizes: bool) -> st.Store:
@@ -422,7 +429,7 @@ def _write(output: Path, tree: dict[str, Any], overwrite: bool) -> None:
             f"{str(output)!r} already holds something else; choose another directory for the merged dataset"
         )
     if target.exists() and not overwrite:
-        present = read_checked_json(output, MIXTURE, FORMAT, VERSION)
+        present = read_mixture(output)
         present.pop("checksum")
         if present != tree:
             _refuse(output, present, tree)

@@ -82,6 +82,10 @@ class Windows(abc.ABC):
         """int64[n]: targets of each window that are not `IGNORED`."""
 
     @abc.abstractmethod
+    def pieces(self, window: int) -> NDArray[np.int64]:
+        """int64[m, 2]: where in the split the targets of a window lie, piece by piece in their order: start and end."""
+
+    @abc.abstractmethod
     def statistics(self) -> Statistics:
         """Reads the document index of the split."""
 
@@ -140,6 +144,9 @@ class StreamWindows(Windows):
 
     def num_targets(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.full(len(windows), self.length, dtype=np.int64)
+
+    def pieces(self, window: int) -> NDArray[np.int64]:
+        return np.array([[window * self.length + 1, (window + 1) * self.length + 1]])
 
     def statistics(self) -> Statistics:
         ends = self.store.document_ends(self.split)
@@ -202,6 +209,10 @@ class BestFitWindows(Windows):
 
     def num_targets(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._filled[windows].astype(np.int64)
+
+    def pieces(self, window: int) -> NDArray[np.int64]:
+        own = slice(self._offsets[window], self._offsets[window + 1])
+        return np.stack([self._starts[own], self._starts[own] + self._sizes[own]], axis=1)
 
     def statistics(self) -> Statistics:
         return Statistics(

@@ -17,7 +17,7 @@ from pathlib import Path
 from blues.config import write_atomic
 from blues.data import charts
 from blues.data.charts import escape, prose
-from blues.data.report import REMEDY, Report, Source
+from blues.data.report import REMEDY, Report, Source, length_cells
 from blues.data.statistics import Statistics
 from blues.data.store import SPLITS, Issue
 from blues.errors import ConfigError
@@ -120,8 +120,7 @@ def _splits(lines: Sequence[Statistics]) -> str:
     rows: list[tuple[object, ...]] = [
         (
             *(line.source, line.split, f"{line.weight:.3f}", f"{line.documents:,}", f"{line.tokens:,}"),
-            *(f"{line.text_bytes / 1e6:,.2f}", f"{line.bytes_per_token:.2f}", f"{line.mean_length:,.0f}"),
-            *(f"{line.median_length:,.0f}", f"{line.p95_length:,.0f}", f"{line.longest:,}"),
+            *(f"{line.text_bytes / 1e6:,.2f}", f"{line.bytes_per_token:.2f}", *length_cells(line.lengths)),
             *(f"{line.used_ids / line.vocabulary:.1%}", f"{line.entropy:.2f}", f"{line.duplicates:,}"),
         )
         for line in lines
@@ -140,7 +139,10 @@ def _lengths(report: Report) -> str:
     panels = [
         f"<div><h3>{escape(source.name)}</h3>"
         + charts.histogram(
-            lines["train"].lengths, lines["validation"].lengths, number, f"lengths of documents of {source.name}"
+            lines["train"].lengths.bins,
+            lines["validation"].lengths.bins,
+            number,
+            f"lengths of documents of {source.name}",
         )
         + "</div>"
         for number, (source, lines) in enumerate(_by_source(report))

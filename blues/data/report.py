@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blues.data.statistics import Overlap, Statistics
+from blues.data.statistics import Lengths, Overlap, Statistics
 from blues.data.store import Issue
 from blues.data.visible import visible
 from blues.table import align
@@ -117,9 +117,14 @@ def _row(line: Statistics) -> tuple[str, ...]:
     return (
         *(line.source, line.split, f"{line.weight:.3f}", f"{line.documents:,}", f"{line.tokens:,}"),
         *(f"{line.text_bytes / 1e6:.2f}", f"{line.bytes_per_token:.2f}"),
-        *(f"{line.mean_length:,.0f}", f"{line.median_length:,.0f}", f"{line.p95_length:,.0f}", f"{line.longest:,}"),
+        *length_cells(line.lengths),
         *(f"{100 * line.used_ids / line.vocabulary:.1f}%", f"{line.entropy:.2f}", f"{line.duplicates:,}"),
     )
+
+
+def length_cells(lengths: Lengths) -> tuple[str, str, str, str]:
+    """Mean, median, 95% and longest."""
+    return f"{lengths.mean:,.0f}", f"{lengths.median:,.0f}", f"{lengths.p95:,.0f}", f"{lengths.longest:,}"
 
 
 def _version_lines(source: Source) -> list[str]:

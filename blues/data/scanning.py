@@ -21,7 +21,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from blues.data.chunks import SUFFIXES, TOKEN_TYPE, ChunkRecord, FileRecord, RawReader, ZstdReader, numbers
+from blues.data.chunks import (
+    SUFFIXES,
+    TOKEN_TYPE,
+    ChunkRecord,
+    FileRecord,
+    RawReader,
+    ZstdReader,
+    numbers,
+    read_checked,
+)
 from blues.data.store import Issue
 from blues.errors import DataError
 
@@ -76,7 +85,7 @@ class Scanner:
                 content = (self.path / chunk.index.file).read_bytes()
                 if xxhash.xxh3_128_hexdigest(content) != chunk.index.xxh3:
                     raise DataError(CHANGED)
-                contents = _read_index(content)
+                contents = _parse(content)
             except (DataError, OSError) as error:
                 issues.append(Issue(chunk.index.file, reason_of(error)))
             self.bytes += chunk.index.bytes
@@ -215,12 +224,20 @@ class _DocumentCheck:
             )
 
 
-def _read_index(content: bytes) -> Contents:
+def read_contents(path: Path, record: FileRecord) -> Contents:
     """The numbers in the index of a chunk, without its texts.
 
     Raises:
-        DataError: it is no index.
+        DataError: it is damaged.
     """
+    content = read_checked(path, record)
+    try:
+        return _parse(content)
+    except DataError as error:
+        raise DataError(f"{str(path / record.file)!r} {error}; prepare the dataset again") from None
+
+
+def _parse(content: bytes) -> Contents:
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read(columns=list(INDEX_COLUMNS), use_threads=False)
         end, text_bytes, digest = (numbers(table, name) for name in INDEX_COLUMNS)

@@ -30,13 +30,33 @@ class TopToken:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """One split of one source. Lengths are tokens of a document, its `<|endoftext|>` included.
+class Lengths:
+    """Lengths of documents in tokens, the `<|endoftext|>` of each included. bins: how many are of 2**k to
+    2**(k + 1) - 1 tokens, for k from 0."""
 
-    weight: the source's share of the training samples. lengths: documents of 2**k to 2**(k + 1) - 1 tokens, for k from
-    0. used_ids: distinct ids that occur, of `vocabulary`. entropy: of the frequencies of ids, in bits per token.
-    coverage: (n, the share of all tokens that are one of the n most frequent ids), n rising. duplicates: documents
-    whose tokens equal those of an earlier one, of this or of another split or source.
+    mean: float
+    median: float
+    p95: float
+    longest: int
+    bins: tuple[int, ...]
+
+    @classmethod
+    def of(cls, length_D: np.ndarray) -> Lengths:
+        """Of int64[D]."""
+        if not len(length_D):
+            return cls(0.0, 0.0, 0.0, 0, ())
+        median, p95 = np.percentile(length_D, [50, 95]).tolist()
+        return cls(float(length_D.mean()), median, p95, int(length_D.max()), histogram(length_D))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One split of one source.
+
+    weight: the source's share of the training samples. used_ids: distinct ids that occur, of `vocabulary`. entropy: of
+    the frequencies of ids, in bits per token. coverage: (n, the share of all tokens that are one of the n most frequent
+    ids), n rising. duplicates: documents whose tokens equal those of an earlier one, of this or of another split or
+    source.
     """
 
     source: str
@@ -45,11 +65,7 @@ class Statistics:
     documents: int
     tokens: int
     text_bytes: int
-    mean_length: float
-    median_length: float
-    p95_length: float
-    longest: int
-    lengths: tuple[int, ...]
+    lengths: Lengths
     used_ids: int
     vocabulary: int
     entropy: float
@@ -82,21 +98,15 @@ def describe(
     name: str, split: str, weight: float, documents: Documents, counts_V: np.ndarray, tokenizer: Tokenizer
 ) -> Statistics:
     """The numbers of one split, but for its duplicates, which take all splits to see. counts_V: int64[V]."""
-    length_D = documents.lengths
-    some = len(length_D) > 0
     ranked = np.argsort(-counts_V, kind="stable")[:TOP_TOKENS].tolist()
     return Statistics(
         source=name,
         split=split,
         weight=weight,
-        documents=len(length_D),
-        tokens=int(length_D.sum()),
+        documents=len(documents.lengths),
+        tokens=int(documents.lengths.sum()),
         text_bytes=int(documents.text_bytes.sum()),
-        mean_length=float(length_D.mean()) if some else 0.0,
-        median_length=float(np.median(length_D)) if some else 0.0,
-        p95_length=float(np.percentile(length_D, 95)) if some else 0.0,
-        longest=int(length_D.max(initial=0)),
-        lengths=histogram(length_D),
+        lengths=Lengths.of(documents.lengths),
         used_ids=int(np.count_nonzero(counts_V)),
         vocabulary=len(counts_V),
         entropy=entropy(counts_V),

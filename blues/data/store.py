@@ -152,6 +152,8 @@ class Store:
                 split: tuple(ChunkRecord.from_tree(tree) for tree in manifest["splits"][split]["chunks"])
                 for split in SPLITS
             }
+            if any(chunk.split != split for split in SPLITS for chunk in chunks[split]):
+                raise ValueError("the split of a chunk")
         except (ValueError, TypeError, ConfigError) as error:
             raise DataError(
                 f"{str(path / MANIFEST)!r} lacks or cannot use {error}; prepare the dataset again"

@@ -23,7 +23,7 @@ import xxhash
 from blues.data.checking import REWRITTEN, Examination, check_dataset, documents_of, unknown_files
 from blues.data.chunks import TOKEN_TYPE
 from blues.data.manifest import MANIFEST, MIXTURE, encode_json
-from blues.data.merge import open_dataset, read_mixture
+from blues.data.merge import open_dataset, plain_path, read_mixture
 from blues.data.report import Report, Source, Version
 from blues.data.statistics import Overlap, Statistics, describe, overlap
 from blues.data.store import SPLITS, Issue, Store, StoredDocument, split_version
@@ -129,22 +129,18 @@ def _parts(path: Path, issues: list[Issue]) -> list[_Part]:
     if (path / MIXTURE).read_bytes() != encode_json(tree, indent=1):
         issues.append(Issue(str(path / MIXTURE), REWRITTEN))
     return [
-        _Part(path, said["name"], _plain(path / said["path"]), Fraction(said["weight"]), said["checksum"], said=said)
+        _Part(
+            path, said["name"], plain_path(path / said["path"]), Fraction(said["weight"]), said["checksum"], said=said
+        )
         for said in tree["sources"]
     ]
-
-
-def _plain(path: Path) -> Path:
-    """`a/../b` as `b`, where that is the same place (it is not if `a` is a link)."""
-    plain = Path(os.path.normpath(path))
-    return plain if plain.resolve() == path.resolve() else path
 
 
 def _tell_apart(parts: Sequence[_Part]) -> None:
     """Give every source a name of its own, and refuse one that would be counted twice."""
     seen: dict[tuple[Path, Any], _Part] = {}
     for part in parts:
-        key = (part.folder.resolve(), part.checksum or part.number)
+        key = (part.folder.resolve(), part.checksum if part.said else part.number)
         if key in seen:
             both = sorted({str(part.dataset), str(seen[key].dataset)})
             raise ConfigError(f"{str(part.folder)!r} would be checked twice (by {' and '.join(both)}); name it once")

@@ -62,7 +62,7 @@ def test_statistics_are_those_of_the_documents(path):
         assert (found.source, found.split, found.weight) == ("data", split, 1.0)
         assert (found.documents, found.tokens) == (len(documents), sum(lengths))
         assert found.text_bytes == sum(len(text) for chunk in chunks for text in chunk)
-        assert (found.median_length, found.longest) == (np.median(lengths), max(lengths))
+        assert (found.lengths.median, found.lengths.longest) == (np.median(lengths), max(lengths))
         assert found.used_ids == len({token for tokens in documents for token in tokens})
         assert found.vocabulary == 300
         assert found.duplicates == 1, "'one two' within train, 'three' of validation in train"
@@ -80,8 +80,8 @@ def test_a_merged_dataset_is_checked_source_by_source(mix):
 
 def test_a_split_without_documents_has_no_statistics_to_fail_on(tmp_path):
     report = verify(make_store(tmp_path / "data", train=[["a"], []]))
-    assert report.good and report.statistics[1].documents == report.statistics[1].longest == 0
-    assert report.statistics[1].median_length == 0.0
+    assert report.good and report.statistics[1].documents == report.statistics[1].lengths.longest == 0
+    assert report.statistics[1].lengths.median == 0.0
 
 
 @pytest.mark.parametrize(
