@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -48,10 +48,17 @@ the same; with another spread router noise is drawn anew, so the weights are as 
 
 
 @contextlib.contextmanager
-def hold(run_dir: str | Path, experiment: Experiment, *, fresh: bool = False) -> Iterator[Path]:
+def hold(
+    run_dir: str | Path,
+    experiment: Experiment,
+    *,
+    fresh: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> Iterator[Path]:
     """Make or reopen the folder of a run and keep other processes out of it inside the `with` block.
 
     The lock is the kernel's: a killed process holds nothing. `fresh` empties the folder of an earlier run first.
+    `check` may refuse what it finds in the folder, before this experiment is written into it.
 
     Raises:
         ConfigError: not a run folder; another process trains in it; it belongs to another configuration (names the
@@ -77,6 +84,7 @@ def hold(run_dir: str | Path, experiment: Experiment, *, fresh: bool = False) ->
     with lock:
         if fresh:
             _empty(folder)
+        check(folder)
         cfg.save(experiment, folder / EXPERIMENT)
         yield folder
 

@@ -92,14 +92,18 @@ def run_training(
     data = _open_data(experiment)
     if session.resolve(address) == session.LOCAL and not session.is_connected():
         choose_device(experiment, torch.cuda.device_count(), all_there_is=True)  # before anything is written
-    with run_folder.hold(run_dir, experiment, fresh=fresh) as folder:
+    start = 0
+
+    def find_start(folder: Path) -> None:
+        nonlocal start
         newest = latest_checkpoint(folder, screen.warn if screen else lambda message: None)
-        start = 0
         if newest:
             checkpoint = read_checkpoint(newest, verify=False)
             start = checkpoint.step
             samples = start * experiment.training.global_batch_size
             checkpoint.check_data(data.fingerprint_until(samples), samples, cfg.dump(experiment))
+
+    with run_folder.hold(run_dir, experiment, fresh=fresh, check=find_start) as folder:
         if start >= experiment.training.steps:
             return _finished_before(experiment, folder, screen)
         if tracker is not None:

@@ -8,6 +8,7 @@ noise from (seed, step, micro step, worker). A run that was killed and resumed e
 
 Metrics: train/{loss, cross_entropy, load_balancing, router_z, gradient_norm, learning_rate, tokens}, throughput/
 {step_seconds, tokens_per_second, checkpoint_seconds}, experts/..., validation/{loss, perplexity, loss/<source>}.
+Cross-entropies are means over the targets of a global batch, without padding; tokens are all inputs, padding included.
 """
 
 from __future__ import annotations

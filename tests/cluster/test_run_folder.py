@@ -54,6 +54,20 @@ def test_where_and_how_often_may_change(tmp_path, change):
     assert cfg.read(Experiment, folder / "experiment.yaml") == changed
 
 
+def test_a_check_refuses_before_anything_is_written(tmp_path):
+    exp = experiment(tmp_path / "data")
+    folder = enter(tmp_path / "a", exp)
+
+    def refuse(found):
+        assert found == folder
+        raise ConfigError("not like this")
+
+    with pytest.raises(ConfigError, match="not like this"):
+        enter(folder, exp.override({"training.log_every": 7}), check=refuse)
+    assert cfg.read(Experiment, folder / "experiment.yaml") == exp
+    assert enter(folder, exp) == folder, "the lock was given back"
+
+
 def test_fresh_deletes_what_blues_wrote_and_nothing_else(tmp_path):
     exp = experiment(tmp_path / "data")
     folder = enter(tmp_path / "a", exp)

@@ -160,6 +160,11 @@ def test_a_run_inside_a_ray_that_is_there_interrupted_and_resumed(data, tmp_path
     assert finished.finished and "has finished its 80 steps; --fresh" in again.getvalue()
     with pytest.raises(CheckpointError, match="was trained on other data than .*first"):
         run_training(exp.override({"data.path": str(data.parent / "first")}), tmp_path / "run", out=again)
+    with pytest.raises(CheckpointError, match="data.phases would change the weights of samples"):
+        run_training(exp.override({"data.phases": [{"start": 639, "weights": [1, 0]}]}), tmp_path / "run", out=again)
+    assert cfg.read(Experiment, tmp_path / "run" / "experiment.yaml") == exp, "what was refused is not written"
+    later = exp.override({"data.phases": [{"start": 640, "weights": [1, 0]}]})
+    assert run_training(later, tmp_path / "run", out=again).finished
 
 
 class Interrupter:

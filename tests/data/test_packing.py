@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as hyp
 
 from blues import config as cfg
-from blues.data.batches import Mixture
+from blues.data.batches import Mixture, Phase
 from blues.data.packing import (
     IGNORED,
     BestFit,
@@ -27,6 +28,8 @@ from blues.data.store import Store
 from blues.errors import ConfigError
 from blues.kernels import linear_cross_entropy
 from tests.data.datasets import make_store
+from tuning import spaces
+from tuning.experiments import resolve
 
 LAW = settings(max_examples=60, deadline=None)
 EOT = 7
@@ -208,6 +211,20 @@ def test_packings_are_chosen_by_name():
     assert config.packing == BestFit.Config() and cfg.load(Mixture.Config, cfg.dump(config)) == config
     with pytest.raises(ConfigError, match="unknown packing 'bestfit'.*Did you mean 'best_fit'"):
         Mixture.Config().override({"packing": "bestfit"})
+
+
+def test_the_options_are_reached_by_overrides_and_by_sweeps():
+    words = ["data.packing=best_fit", "data.isolate_documents=true", "data.phases=[{start: 80, weights: [1, 0.5]}]"]
+    data = resolve("tiny", [*words, "data.max_cached_batches=2", "data.pin_memory=false"]).data
+    assert data.packing == BestFit.Config() and data.isolate_documents
+    assert data.phases == (Phase(start=80, weights=(1.0, 0.5)),)
+    assert (data.max_cached_batches, data.pin_memory) == (2, False)
+    base = resolve("tiny")
+    space = spaces.parse("data.packing=stream,best_fit*data.isolate_documents=false,true", base)
+    tried = {(base.override(point).data.packing, base.override(point).data.isolate_documents) for point in space}
+    assert tried == set(itertools.product((Stream.Config(), BestFit.Config()), (False, True)))
+    weights = spaces.parse("data.phases=[{start: 0, weights: [1, 1]}],[{start: 0, weights: [3, 1]}]", base)
+    assert [base.override(point).data.phases[0].weights for point in weights] == [(1, 1), (3, 1)]
 
 
 def test_the_model_ignores_what_is_no_target():
