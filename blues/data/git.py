@@ -226,7 +226,7 @@ class _Spooled(io.RawIOBase):
 
 def is_bare(path: Path) -> bool:
     """Whether a folder holds the objects of a git repository itself: a bare one, or the `.git` of a working tree."""
-    return (path / "HEAD").is_file() and (path / "objects").is_dir() and (path / "refs").is_dir()
+    return os.path.isfile(path / "HEAD") and os.path.isdir(path / "objects") and os.path.isdir(path / "refs")
 
 
 def of_folder(folder: Path, ref: str | None) -> GitFiles:
@@ -235,7 +235,7 @@ def of_folder(folder: Path, ref: str | None) -> GitFiles:
     Raises:
         DataError: no repository, no such commit, or one that git refuses.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"there is no folder {str(folder)!r}; check the path")
     resolved = folder.resolve()
     name = resolved.parent.name if resolved.name == ".git" else resolved.name.removesuffix(".git")

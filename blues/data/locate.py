@@ -51,7 +51,7 @@ def locate(path: str | Path, commit: str | None, choose: Choose, ignored: Counte
             raise DataError(f"{redact(text)!r} has no commits (--commit); for a git repository write git+https://...")
         return _remote(text, choose, ignored)
     local = _local_path(text)
-    if commit is not None and local.is_file():
+    if commit is not None and os.path.isfile(local):
         return _file_of_repository(local, commit, ignored)
     if commit is not None or git.is_bare(local):
         return _repository(git.of_folder(local, commit), str(local), choose, ignored)
@@ -66,9 +66,10 @@ def _local_path(text: str) -> Path:
 
 
 def _local(path: Path, choose: Choose, ignored: Counter[str]) -> Located:
-    shown, name = repr(str(path)), as_text(path.resolve().name)
+    shown = repr(str(path))
     try:
         mode = path.stat().st_mode
+        name = as_text(path.resolve().name)
     except FileNotFoundError:
         raise DataError(f"there is no file or folder {shown}; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

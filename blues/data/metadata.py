@@ -79,8 +79,9 @@ def _scalar(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException) as error:
-        if pa.types.is_temporal(scalar.type):  # a year that Python has not
-            return scalar.cast(pa.string()).as_py()
+        text = scalar.cast(pa.string()).as_py() if pa.types.is_temporal(scalar.type) else "<"
+        if not text.startswith("<"):  # a year that Python has not, but Arrow
+            return text
         return Unusable(" ".join(str(error).split())[:200])
 
 

@@ -181,11 +181,14 @@ def csv_delimiter(file: str) -> str:
 
 
 def csv_header(rows: Iterator[list[str] | Exception]) -> list[str] | None:
-    """The first row as column names; None for a file without a usable one."""
+    """The first row as column names; None for a file without a usable one, such as one in another encoding."""
     first = next(rows, None)
     if first is None or isinstance(first, Exception):
         return None
-    return first
+    try:
+        return None if any("\0" in name for name in first) or not "".join(first).encode("utf-8") else first
+    except UnicodeEncodeError:
+        return None
 
 
 def _read_csv(place: Place, part: Part) -> Iterator[Record]:

@@ -63,7 +63,7 @@ def codec(encoding: str) -> str:
         name = found.name.removesuffix("-sig")
         if name.replace("-", "_") not in NOT_OF_FILES and found.incrementaldecoder is not None:
             " ".encode(name)  # refuses codecs from bytes to bytes or from text to text, such as base64 and rot13
-            return name
+            return f"{name}-le" if name in ("utf-16", "utf-32") else name  # with a mark, the mark decides
     except (LookupError, ValueError):
         pass
     hint = nearest(encoding, USUAL_ENCODINGS)
