@@ -6,11 +6,12 @@ tokenizer that remembers what it has seen must not profit from copies of a modul
 
 from __future__ import annotations
 
-import codecs
+import io
 import json
 import os
 import shutil
 import sysconfig
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,11 +115,9 @@ def _python_files(root: Path) -> Iterator[str]:
 
 
 def _is_text(content: bytes) -> bool:
-    """UTF-8 without a byte order mark, which some readers take for text and others do not."""
-    if content.startswith(codecs.BOM_UTF8):
-        return False
+    """UTF-8 for every reader: no byte order mark, and no other encoding declared (PEP 263)."""
     try:
         content.decode("utf-8")
-    except UnicodeDecodeError:
+        return tokenize.detect_encoding(io.BytesIO(content).readline)[0] == "utf-8"
+    except (UnicodeDecodeError, SyntaxError):
         return False
-    return True

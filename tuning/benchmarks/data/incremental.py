@@ -13,7 +13,7 @@ from tuning.benchmarks.data.setting import MB, Setting
 from tuning.benchmarks.record import Measurement, Spread, ratio
 
 GROUP = "incremental"
-METRICS = ("s",)
+METRICS = ("s", "cpu s")
 ANEW, FOLLOW = "everything anew", "update"
 INSIDE = "in a process that has Blues loaded; Ray is started where it is needed"
 WHOLE = "the whole command, with the start of Python and all imports"
@@ -64,10 +64,11 @@ def _command(setting: Setting, made: repo.Repository, output: Path, *options: st
 
 def _figures(setting: Setting, made: dict[str, Measurement], new: Path, anew: Path) -> None:
     for how in ("inside", "command"):
-        update, rebuild = made[f"{FOLLOW}, {how}"].spread("s"), made[f"{ANEW}, {how}"].spread("s")
-        if update is not None and rebuild is not None:
-            name = f"share of preparing anew, {how}"
-            setting.bench.figure(GROUP, name, ratio(update, rebuild, 100), "%", at_most=MOST_PERCENT)
+        for metric, what in (("s", "time"), ("cpu s", "processor time")):
+            update, rebuild = made[f"{FOLLOW}, {how}"].spread(metric), made[f"{ANEW}, {how}"].spread(metric)
+            if update is not None and rebuild is not None:
+                name = f"share of preparing anew, {how}, in {what}"
+                setting.bench.figure(GROUP, name, ratio(update, rebuild, 100), "%", at_most=MOST_PERCENT)
     if all(measurement.problem is None for measurement in made.values()):
         differing = Spread((float(Store.open(new).fingerprint != Store.open(anew).fingerprint),))
         setting.bench.figure(GROUP, "fingerprints that differ from preparing anew", differing, "", at_most=0.0)

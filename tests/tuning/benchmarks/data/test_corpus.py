@@ -16,6 +16,8 @@ FILES = {
     "package/empty.py": b"",
     "package/latin.py": b"# caf\xe9\n",
     "package/marked.py": b"\xef\xbb\xbfd = 4\n",
+    "package/declared.py": b"# coding: latin-1\ne = 5\n",
+    "package/unknown.py": b"# coding: uft-8\nf = 6\n",
     "package/notes.txt": b"no code",
     ".hidden/c.py": b"c = 3\n",
     "__pycache__/d.py": b"d = 4\n",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -48,6 +52,18 @@ def test_a_damaged_dataset_gives_no_figure(store, tmp_path):
     tokens.tofile(file)
     with pytest.raises(ValueError, match="its bytes do not match"):
         ours.check(Meter, str(tmp_path / "store"), 40_000)
+
+
+def test_processor_time_of_processes_that_nobody_waited_for_is_counted():
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {burn!r}]); time.sleep(4)"
+    with ours.Descendants() as below:
+        process = subprocess.Popen([sys.executable, "-c", parent])
+        while below.cpu_s < 0.5 and process.poll() is None:
+            time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert below.cpu_s >= 0.5
 
 
 @pytest.mark.parametrize("encoder", ["tiktoken", "fastokens"])
