@@ -10,7 +10,7 @@ It stands after the rooms whose settings it holds and before `cluster`, which ca
 from __future__ import annotations
 
 from blues import config as cfg
-from blues.data.batches import Mixture
+from blues.data.mixture.batches import Mixture
 from blues.data.tokenizer import WHOLE_VOCABULARY
 from blues.errors import ConfigError
 from blues.evaluation.suite import Evaluation

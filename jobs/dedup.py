@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from blues.cluster.dedup import Request, dedup
     from blues.config import write_atomic
-    from blues.data.dedup_report import page
-    from blues.data.minhash import Settings
+    from blues.data.dedup.dedup_report import page
+    from blues.data.dedup.minhash import Settings
     from blues.errors import ConfigError
 
     if args.num_workers is not None and args.num_workers < 1:

@@ -143,7 +143,7 @@ def stages(place: Path) -> list[Stage]:
 
 def collect(raw: Path) -> None:
     """Write the standard library's code and its documentation."""
-    from blues.data.standard_library import write_code, write_text
+    from blues.data.reading.standard_library import write_code, write_text
 
     code = write_code(raw / "code", max_bytes=CODE_BYTES)
     text = write_text(raw / "text.jsonl", max_bytes=TEXT_BYTES)

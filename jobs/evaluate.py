@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from blues.data.merge import open_dataset
+    from blues.data.merging.merge import open_dataset
     from blues.evaluation.suite import Evaluation, read_text, recorded_dataset
     from blues.inference.engine import load_model
 

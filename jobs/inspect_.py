@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from blues.config import nearest
-    from blues.data.store import SPLITS
+    from blues.data.storage.store import SPLITS
     from blues.errors import ConfigError
 
     if args.split is not None and args.split not in SPLITS:
@@ -75,12 +75,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def overview(args: argparse.Namespace) -> list[str]:
-    from blues.data import display, inspection
+    from blues.data.reports import display, inspection
 
     found = inspection.overview(args.dataset)
     lines = [inspection.to_json(found)] if args.json else display.overview_lines(found)
     if args.plot:
-        from blues.data.figures import lengths_figure
+        from blues.data.reports.figures import lengths_figure
 
         written = lengths_figure(found, args.plot)
         lines += [] if args.json else ["", f"lengths: {written}"]
@@ -88,8 +88,8 @@ def overview(args: argparse.Namespace) -> list[str]:
 
 
 def documents(args: argparse.Namespace) -> list[str]:
-    from blues.data import display, inspection
-    from blues.data.store import SPLITS
+    from blues.data.reports import display, inspection
+    from blues.data.storage.store import SPLITS
 
     tokenizer = inspection.tokenizer_of(args.dataset)
     found = inspection.choose_documents(
@@ -108,7 +108,7 @@ def documents(args: argparse.Namespace) -> list[str]:
 
 
 def window(args: argparse.Namespace) -> list[str]:
-    from blues.data import display, inspection
+    from blues.data.reports import display, inspection
 
     tokenizer = inspection.tokenizer_of(args.dataset)
     found = inspection.training_window(

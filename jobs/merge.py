@@ -49,7 +49,7 @@ ONLY_WRITTEN = ("tokens", "seed", "keep_order", "shard_tokens", "compression", "
 
 def run(args: argparse.Namespace) -> int:
     if args.page:
-        from blues.data.page import check_destination
+        from blues.data.reports.page import check_destination
 
         check_destination(args.page)  # before anything is written
     paths, weights, strategy = chosen(args)
@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Read what was merged, print a report and write its page; returns the exit status."""
-    from blues.data.verify import verify
+    from blues.data.reports.verify import verify
 
     report = verify(args.output)
     print(f"\n{report.table()}")
     if args.page:
-        from blues.data.page import write_page
+        from blues.data.reports.page import write_page
 
         print(f"page: {write_page(report, args.page)}")
     return 0 if report.good else 2
@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace, paths, weights, strategy) -> str:
     """Write the mixture as a plan over its sources; returns a table of them."""
-    from blues.data.merge import merge, mixture_table
+    from blues.data.merging.merge import merge, mixture_table
     from blues.errors import ConfigError
 
     for name in ONLY_WRITTEN:
@@ -88,7 +88,7 @@ def say(line: str) -> None:
 
 def chosen(args: argparse.Namespace):
     """Paths, weights and strategy: those of the options, and of the file where there is no option."""
-    from blues.data.merge import read_ingredients
+    from blues.data.merging.merge import read_ingredients
     from blues.errors import ConfigError
 
     if args.config is None:
@@ -113,8 +113,8 @@ def chosen(args: argparse.Namespace):
 def write_out(args: argparse.Namespace, paths, weights, strategy) -> str:
     """Copy the mixture into a dataset of its own; returns the table of what was written."""
     from blues.cluster.materialize import materialize
-    from blues.data.merge import combine
-    from blues.data.mixed_shards import Settings
+    from blues.data.merging.merge import combine
+    from blues.data.merging.mixed_shards import Settings
     from blues.errors import ConfigError
 
     if args.num_workers is not None and args.num_workers < 1:
@@ -166,7 +166,7 @@ class Line:
 
 def summary(made) -> list[str]:
     """What was written of what, in lines."""
-    from blues.data.materialize import written_table
+    from blues.data.merging.materialize import written_table
 
     store, state = made.store, made.progress
     lines = [*written_table(store), ""]

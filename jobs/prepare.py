@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from blues.cluster.prepare import prepare
-    from blues.data.sources import plan
+    from blues.data.reading.sources import plan
     from blues.data.tokenizer import Tokenizer
     from blues.errors import ConfigError
 

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from blues.data.verify import verify
+    from blues.data.reports.verify import verify
 
     if args.page:
-        from blues.data.page import check_destination, write_page
+        from blues.data.reports.page import check_destination, write_page
 
         check_destination(args.page)
     line = Line()

@@ -150,7 +150,7 @@ def test_every_module_opens_with_what_it_does(path):
 
 
 def test_tests_mirror_the_modules():
-    """A test folder has an __init__.py, and tests/data/test_store.py tests a module blues/data/store.py."""
+    """A test folder has an __init__.py, and tests/data/test_store.py tests a module blues/data/storage/store.py."""
     for path in sources("tests"):
         folder = path.parent
         assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} needs an __init__.py"

@@ -14,7 +14,7 @@ import torch
 from blues import load_model, sample_text
 from blues.cli import main
 from blues.cluster.session import connect
-from blues.data.standard_library import write_code, write_text
+from blues.data.reading.standard_library import write_code, write_text
 
 SMALL = [
     *("data.sequence_length=64", "data.tokenizer.vocab_size=512", "model.vocab_size=512", "model.max_seq_len=64"),
@@ -48,7 +48,7 @@ def test_raw_files_to_generated_text(place: Path, capsys: pytest.CaptureFixture[
 
     assert main(["prepare", "--input-dir", str(place / "code"), "--data-cache-dir", code, *VOCABULARY]) == 0
     assert main(["prepare", "--dataset", str(place / "text.csv"), "--data-cache-dir", text, *VOCABULARY]) == 0
-    [rejected] = (place / "data text" / "quarantine.jsonl").read_text().splitlines()
+    [rejected] = (place / "data text" / "versions" / "00001" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(rejected)["reason"] == "wrong number of fields"
 
     weights = ["--weights", "0.7", "0.3", "--strategy", "weighted"]

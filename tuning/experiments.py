@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blues import config as cfg
 from blues.config import nearest
-from blues.data.batches import Mixture
+from blues.data.mixture.batches import Mixture
 from blues.data.tokenizer import Tokenizer
 from blues.errors import ConfigError
 from blues.experiment import Experiment

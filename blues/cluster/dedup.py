@@ -19,15 +19,15 @@ import numpy as np
 import pyarrow.compute as pc
 
 from blues.cluster.pool import map_tasks
-from blues.data import versions
-from blues.data.corpus import Corpus, Run
-from blues.data.dedup import Progress, Removal, Report, find_duplicates
-from blues.data.dedup_report import Summary, parquet, removed_table
-from blues.data.manifest import MIXTURE
-from blues.data.merge import open_dataset
-from blues.data.minhash import Settings
-from blues.data.sketches import Sketches
-from blues.data.store import SPLITS, Store
+from blues.data.dedup.corpus import Corpus, Run
+from blues.data.dedup.dedup import Progress, Removal, Report, find_duplicates
+from blues.data.dedup.dedup_report import Summary, parquet, removed_table
+from blues.data.dedup.minhash import Settings
+from blues.data.dedup.sketches import Sketches
+from blues.data.merging.merge import open_dataset
+from blues.data.storage import versions
+from blues.data.storage.manifest import MIXTURE
+from blues.data.storage.store import SPLITS, Store
 from blues.errors import DataError
 
 OPERATION = "dedup"

@@ -1,6 +1,6 @@
 """Writing a mixture out with Ray Data: its shards in parallel, resumable, the same for any number of workers.
 
-In: what is to be merged (`blues.data.merge.combine`), settings, an output directory. Out: a prepared dataset.
+In: what is to be merged (`blues.data.merging.merge.combine`), settings, an output directory. Out: a prepared dataset.
 
 Only task numbers pass through Ray's data plane; which documents a shard holds lies once in its object store, and tokens
 go from the sources' files to the shard's. On a cluster of several machines all of them must see the datasets.
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blues.cluster.pool import map_tasks
-from blues.data.chunks import TOKEN_TYPE
-from blues.data.growing import written_at
-from blues.data.manifest import partial_directory
-from blues.data.materialize import Materialization, Progress, find_present, request_of
-from blues.data.merge import Combination
-from blues.data.mixed_shards import Settings, ShardWriter
-from blues.data.store import Store
-from blues.data.versions import exclusive
+from blues.data.merging.materialize import Materialization, Progress, find_present, request_of
+from blues.data.merging.merge import Combination
+from blues.data.merging.mixed_shards import Settings, ShardWriter
+from blues.data.storage.chunks import TOKEN_TYPE
+from blues.data.storage.growing import written_at
+from blues.data.storage.manifest import partial_directory
+from blues.data.storage.store import Store
+from blues.data.storage.versions import exclusive
 from blues.errors import DataError
 from blues.tracking.provenance import code_version
 

@@ -1,12 +1,12 @@
 """Preparing a dataset with Ray Data: files to chunks of tokens, in parallel, resumable, the same for any parallelism.
 
-In: a `Plan` of source files, settings, an output directory. Out: a dataset directory (see `blues.data.store`), or the
-next version of the one that is there.
+In: a `Plan` of source files, settings, an output directory. Out: a dataset directory (`blues.data.storage.store`), or
+the next version of the one that is there.
 
-The tasks of `blues.data.build` are done by a pool of actors, each with its tokenizer loaded once, that read, tokenize
-and write one task after the other. Only task numbers and counts travel through Ray, never text or tokens, so memory
-stays at about a megabyte of text per actor however large the source is. On a cluster of several machines source and
-output must be on a file system that all of them see.
+The tasks of `blues.data.preparing.build` are done by a pool of actors, each with its tokenizer loaded once, that read,
+tokenize and write one task after the other. Only task numbers and counts travel through Ray, never text or tokens, so
+memory stays at about a megabyte of text per actor however large the source is. On a cluster of several machines source
+and output must be on a file system that all of them see.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from blues.cluster.pool import map_tasks
-from blues.data.base import Base, Mode, Settings, find_base, holds_dataset
-from blues.data.build import Build, Progress
-from blues.data.chunks import Compression
-from blues.data.manifest import partial_directory
-from blues.data.readers import Part
-from blues.data.shards import Recipe, TaskResult, run_task
-from blues.data.sources import Plan
-from blues.data.store import Store
+from blues.data.preparing.base import Base, Mode, Settings, find_base, holds_dataset
+from blues.data.preparing.build import Build, Progress
+from blues.data.preparing.shards import Recipe, TaskResult, run_task
+from blues.data.reading.readers import Part
+from blues.data.reading.sources import Plan
+from blues.data.storage.chunks import Compression
+from blues.data.storage.manifest import partial_directory
+from blues.data.storage.store import Store
+from blues.data.storage.versions import exclusive
 from blues.data.tokenizer import Tokenizer
-from blues.data.versions import exclusive
 from blues.errors import DataError
 from blues.tracking.provenance import code_version
 

@@ -30,7 +30,7 @@ from blues import config as cfg
 from blues import errors
 from blues.cluster import run_folder, session
 from blues.cluster.progress import Progress, duration
-from blues.data.batches import Mixture
+from blues.data.mixture.batches import Mixture
 from blues.errors import BluesError, ClusterError, ConfigError
 from blues.evaluation.unigram import unigram_entropy
 from blues.experiment import Experiment

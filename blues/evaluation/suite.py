@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blues import config as cfg
 from blues.config import Configurable, configclass
-from blues.data.merge import Dataset, open_dataset
+from blues.data.merging.merge import Dataset, open_dataset
 from blues.errors import ConfigError, DataError
 from blues.evaluation.perplexity import Score, Windows, byte_lengths, perplexity, score_windows, spread
 from blues.evaluation.unigram import UnigramEntropy, unigram_entropy

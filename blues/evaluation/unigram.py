@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from blues.data.merge import Dataset, open_dataset
-from blues.data.store import Store
+from blues.data.merging.merge import Dataset, open_dataset
+from blues.data.storage.store import Store
 from blues.errors import DataError
 
 BLOCK = 1 << 22

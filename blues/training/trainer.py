@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from blues import config as cfg
-from blues.data.batches import Batch, Mixture, rank_indices
+from blues.data.mixture.batches import Batch, Mixture, rank_indices
 from blues.errors import ConfigError, TrainingError
 from blues.model.moe.layer import MoE
 from blues.model.transformer import Transformer, is_mixture

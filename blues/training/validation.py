@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from blues.data.batches import Batch, Mixture
-from blues.data.packing import IGNORED
+from blues.data.mixture.batches import Batch, Mixture
+from blues.data.mixture.packing import IGNORED
 from blues.training.parallel import Ranks
 
 MAX_EXPONENT = 700.0

@@ -11,10 +11,10 @@ import ray
 
 from blues.cluster import dedup as module
 from blues.cluster.dedup import REMOVED, Request, dedup
-from blues.data import versions
-from blues.data.merge import merge, open_dataset
-from blues.data.minhash import Settings
-from blues.data.store import SPLITS, Store
+from blues.data.dedup.minhash import Settings
+from blues.data.merging.merge import merge, open_dataset
+from blues.data.storage import versions
+from blues.data.storage.store import SPLITS, Store
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 from tests.data.datasets import make_store, snapshot

@@ -16,14 +16,14 @@ import blues
 from blues.cluster import materialize as writing
 from blues.cluster import session
 from blues.cluster.materialize import materialize
-from blues.data import materialize as materializing
-from blues.data import store as st
-from blues.data import versions
-from blues.data.manifest import partial_directory
-from blues.data.materialize import Progress
-from blues.data.merge import Combination, combine, merge, open_dataset
-from blues.data.mixed_shards import TASKS, Settings
-from blues.data.versions import drop_documents
+from blues.data.merging import materialize as materializing
+from blues.data.merging.materialize import Progress
+from blues.data.merging.merge import Combination, combine, merge, open_dataset
+from blues.data.merging.mixed_shards import TASKS, Settings
+from blues.data.storage import store as st
+from blues.data.storage import versions
+from blues.data.storage.manifest import partial_directory
+from blues.data.storage.versions import drop_documents
 from blues.errors import DataError
 from tests.data.datasets import make_store, snapshot
 
@@ -55,6 +55,17 @@ def sources(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="module")
 def combined(sources) -> Combination:
     return combine(sources, [0.7, 0.3])
+
+
+CODE = {"blues": "of a test"}
+"""A commit while the tests run must not tell two results apart."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_code():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "code_version", lambda: CODE)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,16 @@ from blues.cluster import prepare as preparing
 from blues.cluster import session
 from blues.cluster.pool import map_tasks
 from blues.cluster.prepare import count_bytes
-from blues.data import build as building
-from blues.data import sources
-from blues.data import store as st
-from blues.data.build import Progress
-from blues.data.chunks import CHUNKS
-from blues.data.manifest import MANIFEST, partial_directory
-from blues.data.merge import merge
-from blues.data.readers import Document, Rejected, read_part
-from blues.data.shards import TASKS, Split, TaskResult, place_of, result_file, run_task
-from blues.data.sources import Plan
+from blues.data.merging.merge import merge
+from blues.data.preparing import build as building
+from blues.data.preparing.build import Progress
+from blues.data.preparing.shards import TASKS, Split, TaskResult, place_of, result_file, run_task
+from blues.data.reading import sources
+from blues.data.reading.readers import Document, Rejected, read_part
+from blues.data.reading.sources import Plan
+from blues.data.storage import store as st
+from blues.data.storage.chunks import CHUNKS
+from blues.data.storage.manifest import MANIFEST, partial_directory
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 from tests.data.datasets import TOKENIZER, make_store, snapshot

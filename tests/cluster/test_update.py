@@ -12,12 +12,13 @@ import pytest
 from blues.cluster import prepare as preparing
 from blues.cluster.pool import map_tasks
 from blues.cluster.prepare import Prepared, prepare
-from blues.data import build as building
-from blues.data import sources, versions
-from blues.data.build import Progress
-from blues.data.manifest import partial_directory
-from blues.data.merge import merge, open_dataset
-from blues.data.store import SPLITS, Store
+from blues.data.merging.merge import merge, open_dataset
+from blues.data.preparing import build as building
+from blues.data.preparing.build import Progress
+from blues.data.reading import sources
+from blues.data.storage import versions
+from blues.data.storage.manifest import partial_directory
+from blues.data.storage.store import SPLITS, Store
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 from tests.data.datasets import TOKENIZER, snapshot

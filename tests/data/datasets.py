@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from blues.data.chunks import ChunkRecord, ChunkWriter, Compression
-from blues.data.store import SPLITS
+from blues.data.storage.chunks import ChunkRecord, ChunkWriter, Compression
+from blues.data.storage.store import SPLITS
+from blues.data.storage.versions import Draft, write_version
 from blues.data.tokenizer import Tokenizer
-from blues.data.versions import Draft, write_version
 
 TOKENIZER = Tokenizer.Config(vocab_size=300)
 Document = str | list[int]

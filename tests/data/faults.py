@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from blues.data.manifest import MANIFEST, MIXTURE, write_checked_json
+from blues.data.storage.manifest import MANIFEST, MIXTURE, write_checked_json
 
 SIGNED = (
     *("version", "parent", "rows", "documents", "rejected", "quarantine", "attachments", "segments"),

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from blues.data.batches import Batch, Mixture, Phase
-from blues.data.merge import merge
+from blues.data.merging.merge import merge
+from blues.data.mixture.batches import Batch, Mixture, Phase
 from tests.data.datasets import TOKENIZER, make_numbered, make_store
 
 LENGTH = 8

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blues.data.chunks import ChunkWriter
+from blues.data.storage.chunks import ChunkWriter
 from blues.data.tokenizer import Tokenizer
 from tests.data.datasets import publish
 from tests.inference.models import TOKENIZER

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from blues.data.merge import merge, open_dataset
+from blues.data.merging.merge import merge, open_dataset
 from blues.data.tokenizer import Tokenizer
 from blues.errors import ConfigError, DataError
 from blues.evaluation.perplexity import byte_lengths, score_tokens

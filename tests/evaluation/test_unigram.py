@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blues.data.merge import merge
-from blues.data.store import Store
+from blues.data.merging.merge import merge
+from blues.data.storage.store import Store
 from blues.errors import DataError
 from blues.evaluation import unigram
 from blues.evaluation.unigram import cross_entropy, token_counts, unigram_entropy

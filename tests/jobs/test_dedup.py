@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from blues.cli import job_parser, main
-from blues.data.minhash import Settings
-from blues.data.store import Store
+from blues.data.dedup.minhash import Settings
+from blues.data.storage.store import Store
 from tests.cluster.test_dedup import text
 from tests.data.datasets import make_store, snapshot
 

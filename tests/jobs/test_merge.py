@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from blues.cli import main
-from blues.data import store as st
-from blues.data.merge import STRATEGIES, open_dataset
-from blues.data.versions import drop_documents
+from blues.data.merging.merge import STRATEGIES, open_dataset
+from blues.data.storage import store as st
+from blues.data.storage.versions import drop_documents
 from tests.data.datasets import make_numbered, make_store, snapshot
 
 ROOT = Path(__file__).parents[2]

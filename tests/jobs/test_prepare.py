@@ -12,8 +12,8 @@ import pytest
 
 from blues.cli import main, run_job
 from blues.cluster import session
-from blues.data import store as st
-from blues.data.store import Store
+from blues.data.storage import store as st
+from blues.data.storage.store import Store
 from tests.data.datasets import make_store, snapshot
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from blues.cli import main
-from blues.data.merge import merge
+from blues.data.merging.merge import merge
 from tests.data.datasets import make_store
 
 
@@ -68,3 +68,35 @@ def test_a_folder_that_is_no_dataset_is_one_sentence(tmp_path, capsys):
         assert main(["verify", str(tmp_path / name)]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("blues verify: ") and words in err and err.count("\n") == 1
+
+
+def test_the_page_is_written_also_of_what_is_damaged(path, tmp_path, capsys):
+    page = tmp_path / "verify.html"
+    assert main(["verify", str(path), "--page", str(page)]) == 0
+    assert f"page: {page}" in capsys.readouterr().out and "good: all checksums hold" in page.read_text()
+    file = damage(path)
+    assert main(["verify", str(path), "--page", str(page), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["good"] is False and f"page: {page}" in err
+    assert file.name in page.read_text()
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(path, tmp_path, capsys):
+    assert main(["verify", str(path), "--page", str(tmp_path / "absent" / "x.html")]) == 2
+    out, err = capsys.readouterr()
+    assert "--page: there is no folder" in err and out == ""
+
+
+def test_several_datasets_and_versions_are_named(path, tmp_path, capsys):
+    other = make_store(tmp_path / "other", train=[["one two"]])
+    assert main(["verify", str(path), f"{other}@1", "--num-workers", "2"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[:2] for line in out.splitlines()]
+    assert ["notes", "train"] in rows and ["other@1", "train"] in rows
+    assert "1 documents are exact copies of another one" in out
+
+
+def test_what_cannot_be_asked_for_is_a_sentence(path, capsys):
+    for words, sentence in ((["--num-workers", "0"], "at least 1, got 0"), ([str(path)], "would be checked twice")):
+        assert main(["verify", str(path), *words]) == 2
+        assert sentence in capsys.readouterr().err

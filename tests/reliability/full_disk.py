@@ -14,8 +14,8 @@ from pathlib import Path
 
 from blues.cluster import prepare as preparing
 from blues.cluster.pool import map_tasks
-from blues.data import sources
-from blues.data.store import Store
+from blues.data.reading import sources
+from blues.data.storage.store import Store
 from blues.errors import DataError
 from tests.data.datasets import TOKENIZER, snapshot
 from tests.reliability.killing import PART_BYTES, write_raw

@@ -25,12 +25,12 @@ import blues
 from blues.cluster import materialize as materializing
 from blues.cluster import prepare as preparing
 from blues.cluster.pool import map_tasks
-from blues.data import sources
-from blues.data.batches import Mixture
-from blues.data.manifest import partial_directory
-from blues.data.merge import combine
-from blues.data.mixed_shards import Settings
-from blues.data.store import SPLITS, Store
+from blues.data.merging.merge import combine
+from blues.data.merging.mixed_shards import Settings
+from blues.data.mixture.batches import Mixture
+from blues.data.reading import sources
+from blues.data.storage.manifest import partial_directory
+from blues.data.storage.store import SPLITS, Store
 from blues.errors import DataError
 from tests.data.datasets import TOKENIZER, snapshot
 from tests.training import tiny

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from blues import config as cfg
-from blues.data.batches import rank_indices
-from blues.data.merge import merge
-from blues.data.packing import IGNORED
+from blues.data.merging.merge import merge
+from blues.data.mixture.batches import rank_indices
+from blues.data.mixture.packing import IGNORED
 from blues.errors import CheckpointError, TrainingError
 from blues.experiment import Experiment
 from blues.model.losses import combine_losses

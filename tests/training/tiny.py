@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from blues.data.batches import Mixture
-from blues.data.chunks import ChunkWriter
-from blues.data.merge import merge
+from blues.data.merging.merge import merge
+from blues.data.mixture.batches import Mixture
+from blues.data.storage.chunks import ChunkWriter
 from blues.data.tokenizer import Tokenizer
 from blues.experiment import Experiment
 from blues.model.attention.layer import Attention

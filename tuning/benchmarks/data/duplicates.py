@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from scipy import sparse
 
 from blues.cluster.dedup import Request, dedup
-from blues.data.chunks import ChunkWriter
-from blues.data.minhash import Settings, shingle_set
-from blues.data.store import Store
-from blues.data.versions import Draft, write_version
+from blues.data.dedup.minhash import Settings, shingle_set
+from blues.data.storage.chunks import ChunkWriter
+from blues.data.storage.store import Store
+from blues.data.storage.versions import Draft, write_version
 
 if TYPE_CHECKING:
     from tuning.benchmarks.worker import Meter

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from blues.data.store import Store
+from blues.data.storage.store import Store
 from tuning.benchmarks.bench import Call, Probe
 from tuning.benchmarks.data import repository as repo
 from tuning.benchmarks.data.setting import MB, Setting

@@ -22,12 +22,12 @@ import psutil
 import torch
 
 from blues.cluster.prepare import prepare as prepare_plan
-from blues.data.batches import Mixture
-from blues.data.chunks import TOKEN_TYPE, ChunkWriter, file_checksum
-from blues.data.sources import plan
-from blues.data.store import SPLITS, Store
+from blues.data.mixture.batches import Mixture
+from blues.data.reading.sources import plan
+from blues.data.storage.chunks import TOKEN_TYPE, ChunkWriter, file_checksum
+from blues.data.storage.store import SPLITS, Store
+from blues.data.storage.versions import Draft, write_version
 from blues.data.tokenizer import Tokenizer
-from blues.data.versions import Draft, write_version
 
 if TYPE_CHECKING:
     from tuning.benchmarks.worker import Meter

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from blues.data.store import Store
+from blues.data.storage.store import Store
 from tests.data.datasets import make_store
 from tuning.benchmarks.data import dedup, duplicates
 from tuning.benchmarks.worker import Meter

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from blues.data.store import Store
+from blues.data.storage.store import Store
 from blues.data.tokenizer import Tokenizer
 from tests.tuning.benchmarks.data.test_peers import FIGURES, READING
 from tuning.benchmarks.data import ours, tokenizers

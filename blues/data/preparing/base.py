@@ -1,0 +1,165 @@
+"""What a dataset already is when it is prepared again: which files were read, how, and what an update can build upon.
+
+In: a dataset directory, a plan of source files, settings. Out: a `Base` to go on from, or a sentence why there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from blues import config as cfg
+from blues.data.reading.readers import Part
+from blues.data.reading.sources import Plan
+from blues.data.storage import versions
+from blues.data.storage.chunks import SUFFIXES, Compression
+from blues.data.storage.manifest import MANIFEST, MIXTURE
+from blues.data.storage.store import Store
+from blues.data.tokenizer import Tokenizer
+from blues.errors import DataError
+
+Mode = Literal["prepare", "update", "append"]
+READING = tuple(field.name for field in fields(Part) if field.name not in ("entry", "start", "stop", "row", "bytes"))
+"""How a part is read, apart from where in its file it lies."""
+RAW = ("prepare", "update", "append")
+"""Operations whose versions hold every document of their sources, so that an update can build upon them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the content of a dataset beside its sources."""
+
+    tokenizer: Tokenizer.Config
+    validation_fraction: float = 0.05
+    compression: Compression = "none"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(f"validation fraction {self.validation_fraction} is not a share; give a number in [0, 1)")
+        if self.compression not in SUFFIXES:
+            raise DataError(f"unknown compression {self.compression!r}.{cfg.nearest(self.compression, SUFFIXES)}")
+
+    def tree(self) -> dict[str, Any]:
+        """As the manifest keeps them; the tokenizer has a place of its own there."""
+        return {"validation_fraction": self.validation_fraction, "compression": self.compression}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an update or an addition goes on from.
+
+    newest: the version that is replaced. raw: the newest that holds all documents of its sources (removing duplicates
+    makes one that does not). origin: which of its sources is prepared again; one past the last for an addition.
+    """
+
+    newest: Store
+    raw: Store
+    origin: int
+
+    @cached_property
+    def files(self) -> pa.Table:
+        """All files of `raw`, in their order: versions.FILES_SCHEMA."""
+        return versions.files_of(self.raw)
+
+    @cached_property
+    def own_files(self) -> pa.Table:
+        """The files of the source that is prepared again."""
+        return self.files.filter(pc.equal(self.files["origin"], self.origin))
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether the source is what it was: the same files with the same content, read in the same way."""
+        return self.own_files.equals(files_table(plan, self.origin))
+
+
+def reading_of(parts: Sequence[Part]) -> str:
+    """How a file is read: kind, columns, encoding and whatever else a reader goes by, apart from where it is cut."""
+    return _reading(tuple(getattr(parts[0], name) for name in READING)) if parts else ""
+
+
+@lru_cache(maxsize=1024)
+def _reading(values: tuple[Any, ...]) -> str:
+    return json.dumps({name: value for name, value in zip(READING, values, strict=True) if value})
+
+
+def files_table(plan: Plan, origin: int = 0) -> pa.Table:
+    """The plan's files as `versions.FILES_SCHEMA`: what was read, how, and a checksum of it."""
+    parts: dict[str, list[Part]] = {}
+    for part in plan.parts:
+        parts.setdefault(part.file, []).append(part)
+    columns = [
+        [file.file for file in plan.files],
+        [file.content for file in plan.files],
+        [file.bytes for file in plan.files],
+        [reading_of(parts.get(file.file, ())) for file in plan.files],
+        [origin] * len(plan.files),
+    ]
+    return pa.table(columns, schema=versions.FILES_SCHEMA)
+
+
+def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
+    """What `mode` goes on from: the dataset at `output`.
+
+    Raises:
+        DataError: it was made with other settings, or `mode` does not fit its sources.
+    """
+    newest = Store.open(output)
+    raw = _newest_raw(newest)
+    manifest = raw.manifest
+    present = {key: manifest["settings"].get(key) for key in settings.tree()} | {"tokenizer": raw.tokenizer}
+    asked = settings.tree() | {"tokenizer": settings.tokenizer}
+    differing = ", ".join(key for key in asked if present[key] != asked[key])
+    if differing:
+        raise DataError(
+            f"{str(output)!r} already holds another dataset, prepared with another {differing}; name the same, choose "
+            "a different --data-cache-dir, or --overwrite to replace it"
+        )
+    names = [source["name"] for source in manifest["sources"]]
+    if mode == "append":
+        base = Base(newest, raw, len(names))
+        known = set(base.files["file"].to_pylist())
+        again = next((file.file for file in plan.files if file.file in known), None)
+        if again is not None:
+            raise DataError(
+                f"{str(output)!r} holds a file {again!r} already; rename it, or use --update to read changed files anew"
+            )
+        return base
+    if len(names) > 1 and names.count(plan.name) != 1:
+        raise DataError(
+            f"{str(output)!r} is made of several sources and none of them is {plan.name!r}: {', '.join(names)}; "
+            "name one of those to update it, or --append to add another"
+        )
+    return Base(newest, raw, names.index(plan.name) if len(names) > 1 else 0)
+
+
+def holds_dataset(output: Path) -> bool:
+    """Whether a prepared dataset is at `output`; False where nothing is.
+
+    Raises:
+        DataError: something else is.
+    """
+    if output.is_file():
+        raise DataError(f"{str(output)!r} is a file; choose a directory for the dataset")
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / MANIFEST).exists():
+        kind = "a merged dataset" if (output / MIXTURE).exists() else "something else"
+        raise DataError(f"{str(output)!r} already holds {kind}; choose another --data-cache-dir")
+    return True
+
+
+def _newest_raw(newest: Store) -> Store:
+    """The newest version that holds every document of its sources."""
+    store = newest
+    while store.manifest["operation"]["kind"] not in RAW:
+        if store.manifest["parent"] is None:
+            kind = store.manifest["operation"]["kind"]
+            raise DataError(f"{str(newest.path)!r} was made by {kind!r}, not prepared; prepare its sources instead")
+        store = Store.open(newest.path, checksum=store.manifest["parent"])
+    return store

@@ -1,0 +1,335 @@
+"""Building a version of a dataset: which files must be read, what was done already, and how it becomes whole.
+
+In: a plan of source files, and the dataset as it is (if there is one). Out: the next version, published in one step.
+
+A new dataset grows in a folder beside its final name and gets it by one rename. An update, or further data that is
+appended, grows there too; then its chunks move in among those that are there and a new version takes them up. Only
+files that are new or have changed are read: documents of the others stay where they lie, and the version says in which
+order they count. What comes of it is what a preparation of everything would have given: the same documents in the same
+order, with the same tokens and the same fingerprint.
+
+Whoever does the tasks (see `blues.data.preparing.shards`) may be killed at any time; what is finished is found again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from blues import config as cfg
+from blues.data.preparing.base import Base, Settings, files_table
+from blues.data.preparing.shards import (
+    TASKS,
+    Recipe,
+    Split,
+    TaskResult,
+    rejected_file,
+    rejected_line,
+    result_file,
+    run_task,
+)
+from blues.data.reading.sources import Plan
+from blues.data.storage import versions
+from blues.data.storage.chunks import CHUNKS, ChunkRecord
+from blues.data.storage.growing import open_growing, take_name
+from blues.data.storage.store import SPLITS, Store
+from blues.errors import DataError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far it is: tasks and source bytes done, of all; what came of them. `resumed` and `bytes_resumed`: what an
+    earlier run did. `reused_files` were read for an earlier version. `seconds` of this run, Ray's start included."""
+
+    tasks: int
+    tasks_done: int
+    bytes: int
+    bytes_done: int
+    documents: int
+    tokens: int
+    rejected: int
+    resumed: int
+    bytes_resumed: int
+    reused_files: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Source bytes per second of this run."""
+        return (self.bytes_done - self.bytes_resumed) / max(self.seconds, 1e-9)
+
+
+class Build:
+    """One version in the making. `tasks` are the groups of parts that are to be read; `results` those that are done."""
+
+    def __init__(self, plan: Plan, partial: Path, settings: Settings, base: Base | None) -> None:
+        self.plan, self.partial, self.settings, self.base = plan, partial, settings, base
+        self.split = Split.fraction(settings.validation_fraction)
+        self.began = time.monotonic()
+        self.table = files_table(plan, 0 if base is None else base.origin)
+        self._choose(self._unchanged())
+
+    def _choose(self, reused: frozenset[str]) -> None:
+        """Settle which files are not read again, and find what an interrupted run finished."""
+        self.reused = reused
+        self.tasks = (self.plan.only(self._read_anew) if reused else self.plan).tasks()
+        self.request = self._request()
+        open_growing(self.partial, self.request)
+        found = ((number, TaskResult.read(self.partial, number)) for number in range(len(self.tasks)))
+        self.results: dict[int, TaskResult] = {number: result for number, result in found if result is not None}
+        self.resumed = frozenset(self.results)
+
+    def _unchanged(self) -> frozenset[str]:
+        """Files of the plan whose documents are in the dataset already, read in the same way from the same bytes."""
+        if self.base is None or self.base.raw.manifest["settings"].get("threshold") != hex(self.split.threshold):
+            return frozenset()
+        there, now = (
+            zip(*(table[name].to_pylist() for name in ("file", "content", "reading")), strict=True)
+            for table in (self.base.own_files, self.table)
+        )
+        return frozenset(file for file, _, reading in set(there) & set(now) if reading)
+
+    @property
+    def removed(self) -> frozenset[str]:
+        """Files of the version before that the source does not have any more."""
+        if self.base is None:
+            return frozenset()
+        return frozenset(self.base.own_files["file"].to_pylist()) - {file.file for file in self.plan.files}
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the documents become chunks."""
+        version = 1 if self.base is None else self.base.newest.version + 1
+        return Recipe(self.split, version, self.settings.compression)
+
+    @property
+    def missing(self) -> list[int]:
+        """Tasks that are not done yet."""
+        return [number for number in range(len(self.tasks)) if number not in self.results]
+
+    def done(self, number: int) -> None:
+        """Take up the result of a task, whoever did it."""
+        result = TaskResult.read(self.partial, number)
+        if result is None:
+            raise DataError(
+                f"task {number} was done elsewhere and its files are not at {str(self.partial)!r}; source and "
+                "output must lie on a file system that every machine of the cluster sees"
+            )
+        self.results[number] = result
+
+    def _request(self) -> dict[str, Any]:
+        digest = xxhash.xxh3_128("\n".join(sorted(self.reused)).encode("utf-8", "surrogateescape"))
+        for column in self.table.columns:
+            digest.update(json.dumps(column.to_pylist()).encode())
+        return {
+            "settings": self.settings.tree(),
+            "tokenizer": cfg.dump(self.settings.tokenizer),
+            "base": None if self.base is None else self.base.newest.checksum,
+            "files": digest.hexdigest(),
+        }
+
+    def fill_splits(self) -> bool:
+        """Move the border to the nearest id where a small dataset left a split empty, and redo the tasks it crosses.
+
+        Decided by the ids alone, not by what lies in the splits by now: an interrupted move is finished, not mistaken
+        for an ordinary split. False if documents of an earlier version would have to move too: then nothing of it can
+        be used, and the tasks are those of a whole preparation now.
+        """
+        if not self.settings.validation_fraction:
+            return True
+        if self.base is not None:
+            brought = {chunk.split for result in self.results.values() for chunk in result.chunks}
+            if all(split in brought or len(self._places(split)[0]) for split in SPLITS):
+                return True
+            if self.reused:
+                self._choose(frozenset())
+                return False
+        extremes = {
+            task: (result.lowest, result.highest)
+            for task, result in self.results.items()
+            if result.lowest is not None and result.highest is not None
+        }
+        lowest = min((low for low, _ in extremes.values()), default=0)
+        highest = max((high for _, high in extremes.values()), default=0)
+        if lowest == highest:
+            self.split = Split(0)  # one id, so nothing can be held out without being trained on
+        elif self.split.of(lowest) != "validation":
+            self.split = Split(lowest + 1)
+        elif self.split.of(highest) != "train":
+            self.split = Split(highest)
+        else:
+            return True
+        tokenizer = self.settings.tokenizer.build()
+        for task, (low, high) in extremes.items():
+            if {chunk.split for chunk in self.results[task].chunks} != {self.split.of(low), self.split.of(high)}:
+                self._discard(task)
+                self.results[task] = run_task(
+                    self.partial, task, self.plan.root, self.tasks[task], tokenizer, self.recipe
+                )
+        return True
+
+    def _discard(self, task: int) -> None:
+        result_file(self.partial, task).unlink()
+        for chunk in self.results[task].chunks:
+            for record in (chunk.data, chunk.index):
+                (self.partial / record.file).unlink()
+
+    def publish(self, output: Path, operation: Mapping[str, Any], code: Mapping[str, Any]) -> Store:
+        """Make the version that the tasks' results, and what is reused, amount to.
+
+        Raises:
+            DataError: no document came of it; the reason and the first rejected row.
+        """
+        places = {split: self._places(split) for split in SPLITS}
+        quarantine, rejected = self._quarantine()
+        if not any(len(of) for of, _ in places.values()):
+            sentence = self._nothing_usable(rejected)
+            shutil.rmtree(self.partial)  # there is nothing to go on with
+            raise DataError(sentence)
+        chunks, segments = {}, {}
+        for split, (ordered, records) in places.items():
+            chunks[split], ordered = versions.used_chunks(records, ordered)
+            segments[split] = versions.segments_of(ordered)
+        draft = versions.Draft(
+            tokenizer=self.settings.tokenizer,
+            operation=operation,
+            chunks=chunks,
+            settings=self.settings.tree() | {"threshold": hex(self.split.threshold)},
+            sources=self._sources(),
+            files=self._all_files(),
+            rejected=rejected,
+            quarantine=quarantine,
+            segments=segments,
+            parent=None if self.base is None else self.base.newest.checksum,
+            code=code,
+        )
+        if self.base is None:
+            versions.write_version(self.partial, 1, draft)
+            take_name(self.partial, output, [chunk for split in SPLITS for chunk in chunks[split]], [TASKS])
+            return Store.open(output)
+        self._move_chunks(output)
+        store = versions.write_version(output, self.base.newest.version + 1, draft)
+        shutil.rmtree(self.partial)
+        return store
+
+    def _sources(self) -> list[Mapping[str, Any]]:
+        sources = [] if self.base is None else list(self.base.raw.manifest["sources"])
+        place = 0 if self.base is None else self.base.origin
+        sources[place : place + 1] = [self.plan.source]
+        return sources
+
+    def _all_files(self) -> pa.Table:
+        """Files of all sources of the dataset, in the order of their documents."""
+        if self.base is None:
+            return self.table
+        old = self.base.files
+        before, after = (compare(old["origin"], self.base.origin) for compare in (pc.less, pc.greater))
+        return pa.concat_tables([old.filter(before), self.table, old.filter(after)])
+
+    def _places(self, split: str) -> tuple[np.ndarray, tuple[ChunkRecord, ...]]:
+        """Where the documents of a split lie, in their order, and the chunks that the places speak of."""
+        new = tuple(c for _, result in sorted(self.results.items()) for c in result.chunks if c.split == split)
+        fresh = versions.unpublished(self.partial, self.settings.tokenizer, split, new)
+        rank_F = np.arange(len(self._order))
+        found, ranks = [versions.places_of(fresh, split)], [_ranks(fresh, split, self._order, rank_F)]
+        old: tuple[ChunkRecord, ...] = ()
+        if self.base is not None:
+            old = self.base.raw.chunks[split]
+            found[0]["chunk"] += len(old)
+            found.insert(0, versions.places_of(self.base.raw, split))
+            stale = pc.is_in(self._order, value_set=pa.array(self._read_anew, pa.string())).to_numpy(False)
+            ranks.insert(0, _ranks(self.base.raw, split, self._order, np.where(stale, -1, rank_F)))
+        places, rank = np.concatenate(found), np.concatenate(ranks)
+        kept = np.flatnonzero(rank >= 0)
+        return places[kept[np.argsort(rank[kept], kind="stable")]], (*old, *new)
+
+    @cached_property
+    def _order(self) -> pa.Array:
+        return self._all_files()["file"].combine_chunks()
+
+    @property
+    def _read_anew(self) -> list[str]:
+        """Files whose documents of the version before are dropped."""
+        return [file.file for file in self.plan.files if file.file not in self.reused]
+
+    def _quarantine(self) -> tuple[bytes, Counter[str]]:
+        """The lines of all rejected rows, in the order of the files, and their number by reason."""
+        ordered = [rejected_file(self.partial, number).read_bytes() for number in range(len(self.tasks))]
+        lines = b"".join(ordered).splitlines(keepends=True)
+        refused = [rejected_line(record) for record in self.plan.rejected]
+        if self.base is not None:
+            others = self.base.files.filter(pc.not_equal(self.base.files["origin"], self.base.origin))
+            keep = self.reused.union(others["file"].to_pylist())
+            old = self.base.raw.quarantine().read_bytes().splitlines(keepends=True)
+            lines += [line for line in old if json.loads(line)["file"] in keep]
+            rank = {file: number for number, file in enumerate(self._order.to_pylist())}
+            lines.sort(key=lambda line: rank[json.loads(line)["file"]])
+        lines = refused + lines
+        rejected: Counter[str] = Counter()
+        for line in lines:
+            row = json.loads(line)
+            rejected[row["reason"]] += row.get("rows", 1)
+        return b"".join(lines), rejected
+
+    def _move_chunks(self, output: Path) -> None:
+        """Put the new chunks among those of the versions before, which nothing refers to until there is a new one."""
+        assert self.base is not None
+        for result in self.results.values():
+            for record in (record for chunk in result.chunks for record in (chunk.data, chunk.index)):
+                os.replace(self.partial / record.file, output / record.file)
+        cfg.fsync_folder(output / CHUNKS)
+
+    def _nothing_usable(self, rejected: Counter[str]) -> str:
+        """Why no document came of the source, with the first rejected row."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.most_common(3))
+        example = ""
+        for number in range(len(self.tasks)):
+            first = rejected_file(self.partial, number).read_bytes().partition(b"\n")[0]
+            if first:
+                row = json.loads(first)
+                place = row["file"] if row["row"] is None else f"{row['file']} row {row['row']}"
+                example = f"; first: {place}: {' '.join((row['reason'], row.get('detail', ''))).strip()}"
+                break
+        total, name = sum(rejected.values()), self.plan.name
+        if not total:
+            return f"{name!r} holds no rows; nothing was prepared"
+        return f"none of the {total:,} rows of {name!r} can be used ({reasons}{example}); mend the source"
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        weights = [sum(part.bytes for part in task) for task in self.tasks]
+        return Progress(
+            tasks=len(self.tasks),
+            tasks_done=len(self.results),
+            bytes=sum(weights),
+            bytes_done=sum(weights[number] for number in self.results),
+            documents=sum(result.documents for result in self.results.values()),
+            tokens=sum(result.tokens for result in self.results.values()),
+            rejected=sum(sum(result.rejected.values()) for result in self.results.values()),
+            resumed=len(self.resumed),
+            bytes_resumed=sum(weights[number] for number in self.resumed),
+            reused_files=len(self.reused),
+            seconds=time.monotonic() - self.began,
+        )
+
+
+def _ranks(store: Store, split: str, files: pa.Array, rank_F: np.ndarray) -> np.ndarray:
+    """For each document of a split the rank of its file, -1 if it is not among `files`: int64[documents]."""
+    sources = pa.chunked_array(
+        [[], *(c for t in store.tables(split, ["source"]) for c in t["source"].chunks)], pa.string()
+    )
+    numbers = pc.fill_null(pc.index_in(sources, value_set=files), len(files)).to_numpy()
+    return np.append(rank_F, -1)[numbers]

@@ -1,0 +1,452 @@
+"""Parts of source files to documents: CSV, JSONL, Parquet, plain text and source code.
+
+In: a `Part` (a file, or a piece of one that starts and ends between two rows) as `sources.py` plans them. Out: for each
+row a `Document`, or a `Rejected` that says which row it was and why; nothing is dropped in silence and no row stops the
+rest. Reading a file in parts gives exactly what reading it whole gives.
+
+Memory: one row, or one Parquet batch, at a time. Rows longer than MAX_DOCUMENT_BYTES are rejected.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blues.data.reading import streams
+from blues.data.reading.metadata import Unusable, column_values, jsonable
+from blues.data.reading.places import Entry, Place
+from blues.data.reading.streams import (
+    UTF8,
+    UTF8_MARK,
+    DamagedStream,
+    Lines,
+    LineTooLong,
+    codec,
+    cookie,
+    decode,
+    marked,
+    open_bytes,
+    open_random,
+    open_stream,
+)
+from blues.errors import DataError
+
+WHOLE = 1 << 62
+"""The end of a part that goes on to the end of its file, however long that is once it is decompressed and decoded."""
+TEXT_DOCUMENT_BYTES = 256 << 10  # a longer text file is cut into documents of about this size
+PARQUET_BATCH_ROWS = 256
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+LFS_REASON = "git LFS pointer"
+LFS_DETAIL = "the content is not here; get it with `git lfs pull`"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to learn from. `id` is unique within a source where the source says so; `source` is its file.
+
+    `metadata` can be said in JSON."""
+
+    text: str
+    id: str
+    source: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """`rows` rows (from 1, counted without a CSV header) that could not be used; `row` is None for a whole file."""
+
+    file: str
+    row: int | None
+    reason: str
+    detail: str = ""
+    rows: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a file, and how it is read. `start`, `stop`: bytes, or row groups of a Parquet file; `row`: the first
+    row's number. `encoding`: what a file without a byte order mark is in."""
+
+    entry: Entry
+    kind: str  # "csv", "jsonl", "parquet", "text" or "source"
+    start: int
+    stop: int
+    row: int = 1
+    bytes: int = 0  # what it weighs when parts are put into tasks, and in the progress line
+    text_column: str | None = None
+    id_column: str | None = None
+    metadata_columns: tuple[str, ...] = ()
+    encoding: str = UTF8
+    language: str | None = None
+
+    @property
+    def file(self) -> str:
+        return self.entry.file
+
+
+Record = Document | Rejected
+
+
+def read_part(place: Place, part: Part) -> Iterator[Record]:
+    """The records of a part of a file at `place`, in order.
+
+    Raises:
+        DataError: the file vanished, cannot be read, or changed since it was planned, which the last record of a part
+            does not tell but what comes behind it: use none before the iterator ends.
+    """
+    try:
+        try:
+            yield from READERS[part.kind](place, part)
+        except (pa.ArrowException, DataError, LookupError, ValueError) as error:
+            place.check(part.entry)  # one that changed need not be what the plan says
+            if isinstance(error, pa.ArrowException):
+                raise DataError(f"{place.where(part.file)} is damaged: {' '.join(str(error).split())}") from None
+            raise
+        place.check(part.entry)
+    except OSError as error:
+        raise DataError(f"cannot read {place.where(part.file)}: {error.strerror or error}") from None
+
+
+class CsvRows:
+    """Rows of a CSV stream: lists of cells, or the `csv.Error` that stands for a bad one.
+
+    `position` is the byte behind the last row, so that a new `CsvRows` started there goes on with the next one. Bytes
+    that are not UTF-8 come through as surrogates, for `clean_text` to find. A bad row, such as one with a quote that is
+    never closed, costs the line it began on: reading goes on at the next line.
+    """
+
+    def __init__(self, stream: BinaryIO, delimiter: str, start: int = 0) -> None:
+        csv.field_size_limit(streams.MAX_DOCUMENT_BYTES)
+        self.position, self._delimiter = start, delimiter
+        self._lines = _numbered(Lines(stream, start))
+        self._again: deque[tuple[bytes, int]] = deque()  # lines of a bad row but its first, to be read again
+        self._row: list[tuple[bytes, int]] = []  # lines of the row that is being read
+
+    def __iter__(self) -> Iterator[list[str] | Exception]:
+        reader = self._reader()
+        while True:
+            self._row = []
+            value: list[str] | Exception
+            try:
+                value = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                value = error
+                first, *rest = self._row
+                self._again.extendleft(reversed(rest))
+                self._row = [first]
+                reader = self._reader()
+            self.position = self._row[-1][1]
+            if value:
+                yield value
+
+    def _reader(self) -> Iterator[list[str]]:
+        # Strict: a stray quote is an error of its row, not a different reading of the rest of the file.
+        return csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
+
+    def _feed(self) -> Iterator[str]:
+        while True:
+            line = self._again.popleft() if self._again else next(self._lines, None)
+            if line is None:
+                return
+            self._row.append(line)
+            yield line[0].decode("utf-8", "surrogateescape")
+
+
+def _numbered(lines: Lines) -> Iterator[tuple[bytes, int]]:
+    """Each line and the byte behind it; an over-long one is replaced by one that no CSV row can hold."""
+    while True:
+        try:
+            line = next(lines)
+        except StopIteration:
+            return
+        except LineTooLong:
+            line = b'"too long"x\n'  # an error in strict CSV, inside and outside of a quoted cell
+        yield line.removeprefix(UTF8_MARK) if lines.position == len(line) else line, lines.position
+
+
+def csv_delimiter(file: str) -> str:
+    """Tab for .tsv files, comma otherwise."""
+    return "\t" if ".tsv" in Path(file.lower()).suffixes else ","
+
+
+def csv_header(rows: Iterator[list[str] | Exception]) -> list[str] | None:
+    """The first row as column names; None for a file without a usable one, such as one in another encoding."""
+    first = next(rows, None)
+    if first is None or isinstance(first, Exception):
+        return None
+    try:
+        return None if any("\0" in name for name in first) or not "".join(first).encode("utf-8") else first
+    except UnicodeEncodeError:
+        return None
+
+
+def _read_csv(place: Place, part: Part) -> Iterator[Record]:
+    delimiter = csv_delimiter(part.file)
+    stream, encoding = open_stream(place, part.entry, part.encoding)
+    with stream:
+        header = csv_header(iter(CsvRows(stream, delimiter)))
+    if header is None:
+        raise DataError(f"{place.where(part.file)} has no header row")
+    text_at = header.index(part.text_column or "")
+    id_at = None if part.id_column is None else header.index(part.id_column)
+    metadata_at = [header.index(column) for column in part.metadata_columns]
+    stream, _ = open_stream(place, part.entry, part.encoding)
+    with stream:
+        rows = CsvRows(stream, delimiter, part.start if part.row > 1 else 0)
+        row = part.row - 1
+        cells: Iterator[list[str] | Exception] = iter(rows)
+        if part.row == 1:
+            next(cells)
+        while rows.position < part.stop:
+            row += 1
+            try:
+                value = next(cells)
+            except StopIteration:
+                return
+            except DamagedStream as error:
+                yield _damaged_compression(part, row, error)
+                return
+            if isinstance(value, Exception):
+                yield Rejected(part.file, row, "malformed CSV", str(value))
+            elif len(value) != len(header):
+                yield Rejected(part.file, row, "wrong number of fields", f"{len(value)}, the header has {len(header)}")
+            else:
+                metadata = [value[at] for at in metadata_at]
+                yield _table_row(part, row, value[text_at], None if id_at is None else value[id_at], metadata, encoding)
+
+
+def _read_jsonl(place: Place, part: Part) -> Iterator[Record]:
+    stream, encoding = open_stream(place, part.entry, part.encoding)
+    with stream:
+        lines = Lines(stream, part.start)
+        row = part.row - 1
+        while lines.position < part.stop:
+            row += 1
+            try:
+                line = next(lines)
+            except StopIteration:
+                return
+            except LineTooLong as error:
+                yield Rejected(part.file, row, "row too long", str(error))
+                continue
+            except DamagedStream as error:
+                yield _damaged_compression(part, row, error)
+                return
+            if not line.isspace():
+                yield _json_row(part, row, line.removeprefix(UTF8_MARK) if row == 1 else line, encoding)
+
+
+def _damaged_compression(part: Part, row: int | None, error: DamagedStream) -> Rejected:
+    lost = "the file is lost" if row is None else "this row and all after it are lost"
+    return Rejected(part.file, row, "damaged compression", f"{error}; {lost}")
+
+
+def _json_row(part: Part, row: int, line: bytes, encoding: str) -> Record:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Rejected(part.file, row, *_undecodable(encoding, error.start, "of the line"))
+    except (ValueError, RecursionError) as error:
+        return Rejected(part.file, row, "invalid JSON", str(error))
+    if not isinstance(value, dict):
+        return Rejected(part.file, row, "not a JSON object", f"a {type(value).__name__}")
+    for column in (part.text_column, part.id_column):
+        if column is not None and column not in value:
+            return Rejected(part.file, row, f"no column {column!r}", f"it has {', '.join(map(repr, value))}"[:200])
+    metadata = [value.get(column) for column in part.metadata_columns]
+    return _table_row(part, row, value[part.text_column], value.get(part.id_column), metadata, encoding)
+
+
+def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
+    names = [part.text_column, part.id_column, *part.metadata_columns]
+    columns = list(dict.fromkeys(name for name in names if name is not None))
+    with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
+        row = part.row - 1
+        for group in range(part.start, min(part.stop, file.num_row_groups)):
+            end = row + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=columns):
+                    for text, id, *metadata in _parquet_rows(batch, part):
+                        row += 1
+                        yield _table_row(part, row, text, id, metadata, UTF8)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                detail = f"row group {group}: {' '.join(str(error).split())}"[:300]
+                yield Rejected(part.file, row + 1, "damaged Parquet rows", detail, rows=end - row)
+            row = end
+
+
+def _parquet_rows(batch: pa.RecordBatch, part: Part) -> Iterator[tuple[Any, ...]]:
+    """Text, id and the metadata columns of each row."""
+    texts = _text_values(batch.column(part.text_column))
+    ids = column_values(batch.column(part.id_column)) if part.id_column else [None] * len(texts)
+    metadata = [column_values(batch.column(column)) for column in part.metadata_columns]
+    return zip(texts, ids, *metadata, strict=True)
+
+
+def _text_values(column: pa.Array) -> list[bytes | None]:
+    """A column of strings as bytes: a value that is not UTF-8 must spoil its own row only."""
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _read_source(place: Place, part: Part) -> Iterator[Record]:
+    """One document: the file. Python source may name its encoding in its first lines (PEP 263)."""
+    limit, encoding = streams.MAX_DOCUMENT_BYTES, part.encoding
+    size = part.entry.size
+    try:
+        content = b""
+        if size <= limit:
+            with open_bytes(place, part.entry) as stream:
+                content = stream.read(size + 1)
+                if len(content) > size:  # decompressed
+                    content += stream.read(limit + 1 - len(content))
+            size = max(size, len(content))
+        named = cookie(content) if part.language == "python" else None
+        encoding = marked(content) or (encoding if named is None else codec(named))
+        if encoding != UTF8:
+            content = decode(content, encoding)
+    except DamagedStream as error:
+        yield _damaged_compression(part, None, error)
+    except DataError:
+        yield Rejected(part.file, None, "unknown encoding", f"its first lines name {named!r}")
+    else:
+        if size > limit:
+            yield Rejected(part.file, None, "file too large", f"{size:,} bytes of source in one document")
+        else:
+            yield _whole_file(part, content, encoding)
+
+
+def _read_text(place: Place, part: Part) -> Iterator[Record]:
+    """The file as one document, or a long one in pieces, numbered like rows."""
+    stream, encoding = open_stream(place, part.entry, part.encoding)
+    row: int | None = None
+    with stream:
+        try:
+            held = b""
+            if part.row == 1:
+                held = stream.read(TEXT_DOCUMENT_BYTES + 1)
+                if len(held) <= TEXT_DOCUMENT_BYTES:
+                    yield _whole_file(part, held, encoding)
+                    return
+            else:
+                stream.seek(part.start)
+            row = part.row
+            for content in text_pieces(stream, part.start, part.stop, held):
+                content = content.removeprefix(UTF8_MARK) if row == 1 else content
+                yield clean_text(content, part.file, row, f"{part.file}:{row}", _about(part), encoding)
+                row += 1
+        except DamagedStream as error:
+            yield _damaged_compression(part, row, error)
+
+
+def _whole_file(part: Part, content: bytes, encoding: str) -> Record:
+    if is_lfs_pointer(content):
+        return Rejected(part.file, None, LFS_REASON, LFS_DETAIL)
+    return clean_text(content.removeprefix(UTF8_MARK), part.file, None, part.file, _about(part), encoding)
+
+
+def _about(part: Part) -> dict[str, Any]:
+    return {} if part.language is None else {"language": part.language}
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file is what git LFS leaves in the place of a large file."""
+    return len(content) < 1024 and content.startswith(LFS_MARK)
+
+
+def text_pieces(stream: BinaryIO, start: int, stop: int, held: bytes = b"") -> Iterator[bytes]:
+    """Cut a text at the last empty line (else line end, else blank, else character) within TEXT_DOCUMENT_BYTES.
+
+    Each cut depends only on where the piece before ended, so that parts that start at cuts give the same pieces.
+    `held`: what was read already from `start` on.
+    """
+    while start < stop:
+        held += stream.read(TEXT_DOCUMENT_BYTES + 1 - len(held))
+        if not held:
+            return
+        length = len(held) if len(held) <= TEXT_DOCUMENT_BYTES else _cut(held)
+        yield held[:length]
+        start, held = start + length, held[length:]
+
+
+def _cut(content: bytes) -> int:
+    for separator in (b"\n\n", b"\n", b" "):
+        at = content.rfind(separator, TEXT_DOCUMENT_BYTES // 2, TEXT_DOCUMENT_BYTES)
+        if at >= 0:
+            return at + len(separator)
+    at = TEXT_DOCUMENT_BYTES
+    while at > TEXT_DOCUMENT_BYTES - 4 and content[at] & 0xC0 == 0x80:  # not within a UTF-8 character
+        at -= 1
+    return at
+
+
+def _table_row(part: Part, row: int, text: Any, id: Any, values: Sequence[Any], encoding: str) -> Record:
+    """A row of a table as a document; text may come as str, or as bytes that are to be UTF-8."""
+    if text is None:
+        return Rejected(part.file, row, "no text", f"column {part.text_column!r} is null")
+    if not isinstance(text, (str, bytes)):
+        return Rejected(part.file, row, "not text", f"column {part.text_column!r} holds a {type(text).__name__}")
+    if part.id_column is None:
+        id = f"{part.file}:{row}"
+    elif id is None or id == "" or isinstance(id, (dict, list, Unusable)):
+        return Rejected(part.file, row, "no id", f"column {part.id_column!r} holds {id!r}"[:200])
+    metadata = {}
+    for column, value in zip(part.metadata_columns, values, strict=True):
+        try:
+            if isinstance(value, Unusable):
+                raise value
+            metadata[column] = jsonable(value)
+        except Unusable as error:
+            return Rejected(part.file, row, "unusable metadata", f"column {column!r}: {error}")
+    return clean_text(text, part.file, row, str(id), metadata, encoding)
+
+
+def clean_text(
+    text: str | bytes, file: str, row: int | None, id: str, metadata: dict[str, Any], encoding: str = UTF8
+) -> Record:
+    """The document, unless its text is empty, could not be decoded, holds a NUL (binary or damaged), or is too long."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+        if not id.isascii():
+            id.encode("utf-8")
+    except UnicodeError as error:
+        return Rejected(file, row, *_undecodable(encoding, getattr(error, "start", 0), ""))
+    if size > streams.MAX_DOCUMENT_BYTES:
+        return Rejected(file, row, "row too long", f"longer than {streams.MAX_DOCUMENT_BYTES >> 20} MiB")
+    if "\0" in text:
+        return Rejected(file, row, "NUL byte", f"at position {text.index(chr(0))}: binary or damaged")
+    if not text or text.isspace():
+        return Rejected(file, row, "empty")
+    return Document(text, id, file, metadata)
+
+
+def _undecodable(encoding: str, position: int, of: str) -> tuple[str, str]:
+    """Reason and detail of bytes that are not in the encoding they should be in."""
+    name = "UTF-8" if encoding == UTF8 else encoding
+    where = f"at position {position} {of}".rstrip()
+    return f"invalid {name}", f"{where}; say what encoding it is in with --encoding"
+
+
+READERS: dict[str, Callable[[Place, Part], Iterator[Record]]] = {
+    "csv": _read_csv,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "text": _read_text,
+    "source": _read_source,
+}
