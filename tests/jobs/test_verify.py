@@ -93,7 +93,7 @@ def test_several_datasets_and_versions_are_named(path, tmp_path, capsys):
     out = capsys.readouterr().out
     rows = [line.split()[:2] for line in out.splitlines()]
     assert ["notes", "train"] in rows and ["other@1", "train"] in rows
-    assert "1 documents are exact copies of another one" in out
+    assert "exact copies of another document: 1;" in out
 
 
 def test_what_cannot_be_asked_for_is_a_sentence(path, capsys):

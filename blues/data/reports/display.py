@@ -1,7 +1,7 @@
 """How a look into a dataset is shown on a terminal: tables, histograms of bars, documents with their tokens.
 
-In: what `inspection` found. Out: lines of text. Nothing of a document reaches the terminal as it is: a document may hold
-escape sequences, and a terminal obeys them (see `visible`).
+In: what `inspection` found. Out: lines of text. Nothing of a document reaches the terminal as it is: a document may
+hold escape sequences, and a terminal obeys them (see `visible`).
 """
 
 from __future__ import annotations

@@ -251,8 +251,8 @@ def _leaks(sources: Sequence[Source], statistics: Sequence[Statistics], shared: 
             continue
         held = [of for (of, split), count in zip(shared.names, row, strict=True) if split == "validation" and count]
         what = (
-            f"{leaked:,} of its {line.documents:,} training documents ({leaked / line.documents:.2%}) validate too, as "
-            f"copies (in {', '.join(held)}); `blues dedup` removes them"
+            f"copies of validation documents (of {', '.join(held)}) are trained on: {leaked:,} of its "
+            f"{line.documents:,} training documents ({leaked / line.documents:.2%}); `blues dedup` removes them"
         )
         issues.append(Issue(str(paths[name]), what, "warning"))
     return issues
