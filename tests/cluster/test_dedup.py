@@ -18,7 +18,7 @@ from blues.data.storage.store import SPLITS, Store
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 from tests.data.datasets import make_store, snapshot
-from tests.data.test_dedup import near_copies
+from tests.data.dedup.test_dedup import near_copies
 
 
 def text(seed: int, changed: int = 0) -> list[int]:

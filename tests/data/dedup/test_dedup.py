@@ -22,7 +22,7 @@ from blues.data.dedup.sketches import Sketches
 from blues.data.storage.store import Store
 from blues.data.tokenizer import Tokenizer
 from tests.data.datasets import make_store
-from tests.data.test_minhash import naive_jaccard
+from tests.data.dedup.test_minhash import naive_jaccard
 
 END = 299
 
