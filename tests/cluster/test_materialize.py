@@ -156,23 +156,6 @@ def test_a_killed_command_is_finished_by_another(ray_session, sources, combined,
 # Without.
 
 
-def killed(folder: Path, kills: int, seed: int) -> str:
-    words = [sys.executable, "-m", "tests.cluster.killed_merge", str(folder), str(kills), str(seed)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_kills_at_random_moments_leave_nothing_wrong(tmp_path):
-    assert "4 kills, " in killed(tmp_path, 4, seed=0)
-
-
-@pytest.mark.slow
-def test_fifty_kills_at_random_moments_leave_nothing_wrong(tmp_path):
-    assert "50 kills, " in killed(tmp_path, 50, seed=1)
-
-
 def test_an_interrupted_run_is_finished_by_the_same_command_and_no_shard_is_redone(combined, expected, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(Interrupt):

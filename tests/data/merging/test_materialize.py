@@ -225,6 +225,9 @@ def test_what_was_finished_is_not_written_again(sources, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (*partial.glob("chunks/*"), *partial.glob("tasks/*"))}
     assert len(before) == 3 * 4
     (partial / "chunks" / ".half.tokens.123.tmp").write_bytes(b"of a worker that was killed")
+    (partial / ".manifest.json.123.tmp").write_bytes(b"of a driver that was killed")
+    (partial / "versions" / ".00001.123.tmp").mkdir(parents=True)
+    (partial / "versions" / ".00001.123.tmp" / "files.parquet").write_bytes(b"of the same")
     resumed = Materialization(combined, asked, partial)
     assert resumed.progress().resumed == 4 and len(resumed.missing) == len(resumed.shards) - 4
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
