@@ -192,7 +192,7 @@ class Materialization:
                 "sources": store.manifest["sources"],
                 "files": versions.files_of(store),
                 "rejected": store.manifest["rejected"],
-                "quarantine": store.quarantine().read_bytes(),
+                "quarantine": store.read_quarantine(),
             }
         described = [
             {**source, "kind": "dataset", "sources": of.store.manifest["sources"]}

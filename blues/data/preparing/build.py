@@ -273,7 +273,7 @@ class Build:
         if self.base is not None:
             others = self.base.files.filter(pc.not_equal(self.base.files["origin"], self.base.origin))
             keep = self.reused.union(others["file"].to_pylist())
-            old = self.base.raw.quarantine().read_bytes().splitlines(keepends=True)
+            old = self.base.raw.read_quarantine().splitlines(keepends=True)
             lines += [line for line in old if json.loads(line)["file"] in keep]
             rank = {file: number for number, file in enumerate(self._order.to_pylist())}
             lines.sort(key=lambda line: rank[json.loads(line)["file"]])

@@ -219,8 +219,8 @@ class _DocumentCheck:
             yield "<|endoftext|> does not stand exactly at the end of each document"
         elif self._different:
             yield (
-                f"{len(self._different):,} documents are not those of its index (their digests differ), first number "
-                f"{self._different[0]:,}"
+                f"it holds other documents than its index says (digests differ): {len(self._different):,}, the first "
+                f"of them number {self._different[0]:,}"
             )
 
 

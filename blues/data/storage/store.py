@@ -308,6 +308,14 @@ class Store:
         """The file of the rejected rows."""
         return self.path / self.manifest["quarantine"]["file"]
 
+    def read_quarantine(self) -> bytes:
+        """The rejected rows, one line of JSON for each.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        return read_checked(self.path, FileRecord(**self.manifest["quarantine"]))
+
     def check(self) -> list[Issue]:
         """Every damage there is: sizes, checksums, and whether tokens, indexes, segments and manifests agree, of all
         versions. `blues.data.reports.verify` tells more."""

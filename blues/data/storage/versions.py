@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from blues import __version__
 from blues import config as cfg
 from blues.data.storage import store as st
-from blues.data.storage.chunks import ChunkRecord, FileRecord
+from blues.data.storage.chunks import ChunkRecord, FileRecord, read_checked
 from blues.data.storage.manifest import FORMAT, MANIFEST, partial_directory, write_checked_json
 from blues.data.storage.store import SEGMENT_TYPE, SPLITS, Store, content_fingerprint, version_folder
 from blues.data.tokenizer import Tokenizer
@@ -203,9 +203,21 @@ def unpublished(directory: Path, tokenizer: Tokenizer.Config, split: str, chunks
 
 
 def files_of(store: Store) -> pa.Table:
-    """The source files of a version, FILES_SCHEMA."""
-    [record] = [tree for tree in store.manifest["attachments"] if tree["file"].endswith(f"/{FILES}")]
-    return pq.ParquetFile(store.path / record["file"]).read(use_threads=False)
+    """The source files of a version, FILES_SCHEMA.
+
+    Raises:
+        DataError: the list of them is missing or damaged.
+    """
+    name = f"{version_folder(store.version)}/{FILES}"
+    records = [FileRecord(**tree) for tree in store.manifest["attachments"] if tree["file"] == name]
+    if not records:
+        raise DataError(f"version {store.version} of {str(store.path)!r} has no {FILES}; prepare the dataset again")
+    content = read_checked(store.path, records[0])
+    try:
+        return pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        what = " ".join(str(error).split())
+        raise DataError(f"{str(store.path / name)!r} cannot be used ({what}); prepare the dataset again") from None
 
 
 def places_of(store: Store, split: str) -> np.ndarray:
@@ -274,7 +286,7 @@ def drop_documents(
         sources=manifest["sources"],
         files=files_of(store),
         rejected=manifest["rejected"],
-        quarantine=store.quarantine().read_bytes(),
+        quarantine=store.read_quarantine(),
         segments=segments,
         parent=store.checksum,
         code=code or {"blues": __version__},

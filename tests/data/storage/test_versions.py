@@ -6,11 +6,15 @@ import os
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hyp
 
 from blues.data.storage import versions
+from blues.data.storage.manifest import MANIFEST, write_checked_json
 from blues.data.storage.store import SPLITS, Store
 from blues.data.storage.versions import PLACE_TYPE, drop_documents, exclusive, places_of, segments_of
 from blues.errors import DataError
@@ -155,3 +159,43 @@ def test_one_process_writes_at_a_time(tmp_path):
     with exclusive(tmp_path / "data"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_not_taken_over_into_a_new_version(store):
+    file = store.path / "versions" / "00001" / "files.parquet"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(DataError, match="files.parquet' does not match its checksum in the manifest; restore it"):
+        drop_documents(store, {"train": [0]}, {"kind": "dedup"})
+    assert Store.open(store.path).version == 1
+    store.quarantine().write_bytes(b"other")
+    with pytest.raises(DataError, match="quarantine.jsonl' does not match its checksum in the manifest; restore it"):
+        store.read_quarantine()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("chunk", 9, "a segment is of a chunk that is not there"),
+        ("documents", 0, "a segment is empty or begins before its chunk"),
+        ("first_token", -1, "a segment is empty or begins before its chunk"),
+        ("tokens", 1 << 40, "a segment ends after its chunk"),
+        ("first_document", (1 << 63) - 1, "a segment ends after its chunk"),
+    ],
+)
+def test_segments_that_lie_outside_of_their_chunks_are_refused(store, column, value, words):
+    newer = drop_documents(store, {"train": [0]}, {"kind": "dedup"})
+    file = store.path / newer.manifest["segments"]["file"]
+    table = pq.read_table(file)
+    values = [value, *table[column].to_pylist()[1:]]
+    kind = table.schema.field(column).type
+    place = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(place, column, pa.array(values, kind)), file)
+    record = {
+        "file": newer.manifest["segments"]["file"],
+        "bytes": file.stat().st_size,
+        "xxh3": xxhash.xxh3_128_hexdigest(file.read_bytes()),
+    }
+    tree = {key: each for key, each in newer.manifest.items() if key != "checksum"} | {"segments": record}
+    write_checked_json(store.path / MANIFEST, tree)
+    with pytest.raises(DataError, match=f"segments.parquet' cannot be used \\({words}\\)"):
+        Store.open(store.path)
