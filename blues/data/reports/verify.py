@@ -90,7 +90,7 @@ def verify(
         raise ConfigError(f"sample (--sample) must be 0 or a number of documents, got {sample}")
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"number of workers (--num-workers) must be at least 1, got {num_workers}")
-    workers = num_workers or len(os.sched_getaffinity(0))
+    workers = num_workers or os.cpu_count() or 1
     found = _Findings()
     parts = [part for path in paths for part in _parts(Path(path), found.issues)]
     _tell_apart(parts)
