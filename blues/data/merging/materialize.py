@@ -34,7 +34,7 @@ from blues.data.merging import interleave as il
 from blues.data.merging.merge import Combination
 from blues.data.merging.mixed_shards import ROWS, TASKS, Settings, Shard, finished, rows_file, write_rows
 from blues.data.storage import versions
-from blues.data.storage.chunks import ChunkRecord, FileRecord, read_checked
+from blues.data.storage.chunks import ChunkRecord
 from blues.data.storage.growing import open_growing, take_name
 from blues.data.storage.manifest import MANIFEST, MIXTURE
 from blues.data.storage.store import SPLITS, Store
@@ -182,9 +182,6 @@ class Materialization:
     def _origin(self) -> dict[str, Any]:
         """Sources, files and settings for the manifest: those of the version itself where it is only laid out anew."""
         layout = {"compression": self.settings.compression, "shard_tokens": self.settings.shard_tokens}
-        for manifest, path in ((source.store.manifest, source.store.path) for source in self.sources):
-            for tree in (*manifest["attachments"], manifest["quarantine"]):
-                read_checked(path, FileRecord(**tree))
         if self.settings.keep_order:
             store = self.sources[0].store
             return {
