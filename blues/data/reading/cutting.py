@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blues.data.reading import streams
+from blues.data.reading.csv_rows import CsvRows, csv_delimiter
 from blues.data.reading.places import Place
-from blues.data.reading.readers import CsvRows, Part, csv_delimiter, text_pieces
+from blues.data.reading.readers import Part, text_pieces
 from blues.data.reading.streams import BLOCK_BYTES, UTF8, UTF8_MARK, compression_of, open_random, open_stream
 from blues.errors import DataError
 

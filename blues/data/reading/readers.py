@@ -9,18 +9,16 @@ Memory: one row, or one Parquet batch, at a time. Rows longer than MAX_DOCUMENT_
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blues.data.reading import streams
+from blues.data.reading.csv_rows import CsvRows, csv_delimiter, csv_header
 from blues.data.reading.metadata import Unusable, column_values, jsonable
 from blues.data.reading.places import Entry, Place
 from blues.data.reading.streams import (
@@ -114,81 +112,6 @@ def read_part(place: Place, part: Part) -> Iterator[Record]:
         place.check(part.entry)
     except OSError as error:
         raise DataError(f"cannot read {place.where(part.file)}: {error.strerror or error}") from None
-
-
-class CsvRows:
-    """Rows of a CSV stream: lists of cells, or the `csv.Error` that stands for a bad one.
-
-    `position` is the byte behind the last row, so that a new `CsvRows` started there goes on with the next one. Bytes
-    that are not UTF-8 come through as surrogates, for `clean_text` to find. A bad row, such as one with a quote that is
-    never closed, costs the line it began on: reading goes on at the next line.
-    """
-
-    def __init__(self, stream: BinaryIO, delimiter: str, start: int = 0) -> None:
-        csv.field_size_limit(streams.MAX_DOCUMENT_BYTES)
-        self.position, self._delimiter = start, delimiter
-        self._lines = _numbered(Lines(stream, start))
-        self._again: deque[tuple[bytes, int]] = deque()  # lines of a bad row but its first, to be read again
-        self._row: list[tuple[bytes, int]] = []  # lines of the row that is being read
-
-    def __iter__(self) -> Iterator[list[str] | Exception]:
-        reader = self._reader()
-        while True:
-            self._row = []
-            value: list[str] | Exception
-            try:
-                value = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                value = error
-                first, *rest = self._row
-                self._again.extendleft(reversed(rest))
-                self._row = [first]
-                reader = self._reader()
-            self.position = self._row[-1][1]
-            if value:
-                yield value
-
-    def _reader(self) -> Iterator[list[str]]:
-        # Strict: a stray quote is an error of its row, not a different reading of the rest of the file.
-        return csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
-
-    def _feed(self) -> Iterator[str]:
-        while True:
-            line = self._again.popleft() if self._again else next(self._lines, None)
-            if line is None:
-                return
-            self._row.append(line)
-            yield line[0].decode("utf-8", "surrogateescape")
-
-
-def _numbered(lines: Lines) -> Iterator[tuple[bytes, int]]:
-    """Each line and the byte behind it; an over-long one is replaced by one that no CSV row can hold."""
-    while True:
-        try:
-            line = next(lines)
-        except StopIteration:
-            return
-        except LineTooLong:
-            line = b'"too long"x\n'  # an error in strict CSV, inside and outside of a quoted cell
-        yield line.removeprefix(UTF8_MARK) if lines.position == len(line) else line, lines.position
-
-
-def csv_delimiter(file: str) -> str:
-    """Tab for .tsv files, comma otherwise."""
-    return "\t" if ".tsv" in Path(file.lower()).suffixes else ","
-
-
-def csv_header(rows: Iterator[list[str] | Exception]) -> list[str] | None:
-    """The first row as column names; None for a file without a usable one, such as one in another encoding."""
-    first = next(rows, None)
-    if first is None or isinstance(first, Exception):
-        return None
-    try:
-        return None if any("\0" in name for name in first) or not "".join(first).encode("utf-8") else first
-    except UnicodeEncodeError:
-        return None
 
 
 def _read_csv(place: Place, part: Part) -> Iterator[Record]:

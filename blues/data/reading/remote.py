@@ -313,15 +313,22 @@ def _again(function: Callable[[], Made]) -> Made:
             return function()
         except (FileNotFoundError, PermissionError, DataError):
             raise
-        except Exception:
+        except Exception as error:
+            if _status(error) in (401, 403, 404, 410):
+                raise
             time.sleep(delay)
     return function()
+
+
+def _status(error: BaseException) -> int:
+    """The status of a web server's answer, 0 if the error is of another kind."""
+    return getattr(error, "status", 0) or 0
 
 
 def _problem(error: Exception) -> OSError:
     cause = error.__cause__ or error  # fsspec tells of every failure of a web server as of a missing file
     words = redact(" ".join(str(cause).split())) or type(cause).__name__
-    if isinstance(cause, PermissionError) or getattr(cause, "status", 0) in (401, 403):
+    if isinstance(cause, PermissionError) or _status(cause) in (401, 403):
         hint = "credentials come from the environment or from fsspec's configuration"
         return PermissionError(errno.EACCES, f"access denied ({words}); {hint}")
     if isinstance(error, FileNotFoundError):

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from blues.config import nearest
+from blues.data.reading.csv_rows import CsvRows, csv_delimiter, csv_header
 from blues.data.reading.cutting import cut
 from blues.data.reading.locate import Located, locate
 from blues.data.reading.places import Entry, Place
@@ -31,11 +32,8 @@ from blues.data.reading.readers import (
     LFS_DETAIL,
     LFS_REASON,
     WHOLE,
-    CsvRows,
     Part,
     Rejected,
-    csv_delimiter,
-    csv_header,
     is_lfs_pointer,
 )
 from blues.data.reading.streams import (
@@ -247,7 +245,11 @@ def _map(place: Place, function: Callable[[Given], Made], items: Sequence[Given]
     if place.threads == 1 or len(items) < 2:
         return map(function, items)
     with ThreadPoolExecutor(place.threads) as pool:
-        return list(pool.map(function, items))
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # one failure, or Ctrl-C, is enough
+            raise
 
 
 def _plan_entry(located: Located, entry: Entry, wanted: Wanted) -> _Planned:
