@@ -195,6 +195,11 @@ class RawReader:
         self.path = path
         self._descriptor = _open(self, path)
 
+    def announce(self, start: int, count: int) -> None:
+        """Have the system begin to read tokens that will be asked for, beside others that it reads."""
+        size = TOKEN_TYPE.itemsize
+        os.posix_fadvise(self._descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out` (bytes) with the tokens from number `start` on."""
         offset, filled = start * TOKEN_TYPE.itemsize, 0
@@ -233,6 +238,12 @@ class ZstdReader:
     def frames(self) -> int:
         """How many there are; all but the last hold FRAME_TOKENS tokens."""
         return len(self._lengths)
+
+    def announce(self, start: int, count: int) -> None:
+        """Have the system begin to read tokens that will be asked for, beside others that it reads."""
+        first, last = (min(place // FRAME_TOKENS, len(self._lengths) - 1) for place in (start, start + count - 1))
+        begin, end = int(self._offsets[first]), int(self._offsets[last + 1])
+        os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out` (bytes) with the tokens from number `start` on."""

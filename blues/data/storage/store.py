@@ -223,6 +223,10 @@ class Store:
         whole = (starts + length <= bounds[found + 1]).tolist()
         offsets = (segments["first_token"][found] + starts - bounds[found]).tolist()
         chunks = segments["chunk"][found].tolist()
+        if len(starts) > 1:  # a disk reads many places at a time sooner than one after the other
+            for inside, chunk, offset in zip(whole, chunks, offsets, strict=True):
+                if inside:
+                    self._reader(split, chunk).announce(offset, length)
         view, size = out.data.cast("B"), length * TOKEN_TYPE.itemsize
         for row, (inside, chunk, offset) in enumerate(zip(whole, chunks, offsets, strict=True)):
             target = view[row * size : (row + 1) * size]
