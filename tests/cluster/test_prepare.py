@@ -149,7 +149,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command_and_no_task_is_redon
     with pytest.raises(Interrupt):
         prepare(plan, output, TOKENIZER, num_workers=1, report=interrupted_after(3))
     assert not output.exists(), "a dataset has its name only when it is whole"
-    with pytest.raises(DataError, match="is not finished; run the same `blues prepare` command again"):
+    with pytest.raises(DataError, match="is not finished; run the same command again"):
         st.Store.open(output)
     partial = partial_directory(output)
     done = {

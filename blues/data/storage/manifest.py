@@ -144,7 +144,7 @@ def _why_not_a_dataset(directory: Path, name: str, error: OSError) -> str:
     if not directory.exists():
         partial = partial_directory(directory)
         if partial.exists():
-            return f"dataset {where} is not finished; run the same `blues prepare` command again to finish it"
+            return f"dataset {where} is not finished; run the same command again to finish it"
         return (
             f"dataset {where} does not exist; make it with `blues prepare --dataset FILE --data-cache-dir {directory}`"
         )

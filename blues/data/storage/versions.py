@@ -71,10 +71,14 @@ class Draft:
 
 
 def write_version(directory: Path, number: int, draft: Draft) -> Store:
-    """Write version `number` of the dataset at `directory`, whose chunks lie there already, and make it the newest."""
+    """Write version `number` of the dataset at `directory`, whose chunks lie there already, and make it the newest.
+
+    Only one process may do so at a time, see `exclusive`.
+    """
     folder = directory / version_folder(number)
+    for stale in (directory / st.VERSIONS).glob(".*.tmp"):  # of processes that were killed here
+        shutil.rmtree(stale, ignore_errors=True)
     growing = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     try:
         manifest = _manifest(growing, number, draft)
@@ -263,7 +267,7 @@ def drop_documents(
     """The next version of a dataset: the same without some documents (numbers within their split). Copies no token.
 
     Raises:
-        DataError: `store` is not the newest version (any more).
+        DataError: `store` is not the newest version (any more), or another process writes there.
     """
     newest = Store.open(store.path)
     if newest.checksum != store.checksum:
@@ -292,4 +296,10 @@ def drop_documents(
         code=code or {"blues": __version__},
         attachments=attachments or {},
     )
-    return write_version(store.path, store.version + 1, draft)
+    with exclusive(store.path):
+        newest = Store.open(store.path)
+        if newest.checksum != store.checksum:
+            raise DataError(
+                f"version {store.version} of {str(store.path)!r} is not its newest, {newest.version}; start from that one"
+            )
+        return write_version(store.path, store.version + 1, draft)

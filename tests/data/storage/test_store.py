@@ -282,7 +282,7 @@ def test_a_place_that_is_no_dataset_gets_the_remedy(tmp_path):
     with pytest.raises(DataError, match=r"is not a Blues dataset \(it has no manifest.json\)"):
         Store.open(tmp_path / "empty")
     (tmp_path / ".half.partial").mkdir()
-    with pytest.raises(DataError, match=r"half' is not finished; run the same `blues prepare` command again"):
+    with pytest.raises(DataError, match=r"half' is not finished; run the same command again"):
         Store.open(tmp_path / "half")
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="is not a Blues dataset"):
