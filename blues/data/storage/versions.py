@@ -300,6 +300,7 @@ def drop_documents(
         newest = Store.open(store.path)
         if newest.checksum != store.checksum:
             raise DataError(
-                f"version {store.version} of {str(store.path)!r} is not its newest, {newest.version}; start from that one"
+                f"version {store.version} of {str(store.path)!r} is not its newest, {newest.version}; start from that "
+                "one"
             )
         return write_version(store.path, store.version + 1, draft)
