@@ -47,7 +47,10 @@ FORGOTTEN = (
     *("GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_PREFIX", "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE"),
 )
 """Variables that would make git look at another repository than the one named, such as within a hook."""
-OPTIONS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.bigFileThreshold=16m", "gc.autoDetach=false")
+OPTIONS = (
+    *("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.bigFileThreshold=16m", "gc.autoDetach=false"),
+    *("http.lowSpeedLimit=1", "http.lowSpeedTime=60"),  # a server that falls silent is given up
+)
 CREDENTIALS = re.compile("could not read|authentication failed|permission denied|terminal prompts disabled", re.I)
 
 Report = Callable[[str], None]

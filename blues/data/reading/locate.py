@@ -46,7 +46,7 @@ def locate(path: str | Path, commit: str | None, choose: Choose, ignored: Counte
     text = os.fspath(path)
     if text.startswith("git+"):
         return _repository(git.of_url(text, commit, report), text, choose, ignored)
-    if URL.match(text) and not text.startswith("file://"):
+    if URL.match(text) and not text.startswith("file://") and not os.path.exists(text):
         if commit is not None:
             raise DataError(f"{redact(text)!r} has no commits (--commit); for a git repository write git+https://...")
         return _remote(text, choose, ignored)

@@ -51,8 +51,10 @@ class Entry:
 class Place(ABC):
     """Where source files lie. It is pickled to the processes that read."""
 
-    threads: int = 1
-    """How many files are worth looking at at a time while planning."""
+    @property
+    def threads(self) -> int:
+        """How many files are worth looking at at a time while planning."""
+        return 1
 
     @abstractmethod
     def entries(self, choose: Choose, ignored: Counter[str]) -> list[Entry]:

@@ -197,9 +197,12 @@ def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
     with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
         row = part.row - 1
         for group in range(part.start, min(part.stop, file.num_row_groups)):
-            end = row + file.metadata.row_group(group).num_rows
+            of_group = file.metadata.row_group(group)
+            end = row + of_group.num_rows
+            fitting = streams.MAX_DOCUMENT_BYTES * of_group.num_rows // max(1, of_group.total_byte_size)
+            rows = max(1, min(PARQUET_BATCH_ROWS, fitting))  # long texts come in small batches
             try:
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=columns):
+                for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
                     for text, id, *metadata in _parquet_rows(batch, part):
                         row += 1
                         yield _table_row(part, row, text, id, metadata, UTF8)

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,10 +38,10 @@ DELAYS_S = (0.5, 2.0)
 THREADS = 16
 DEEPEST = 32
 """Folders within folders; pages of a web server can link in circles."""
+SILENCE_S = 60.0
 IDENTITIES = (
-    ("ETag", "etag", "e_tag"),
-    ("Content-MD5", "content_md5", "md5Hash", "md5", "Digest", "sha256", "sha", "CRC", "crc32c", "checksum"),
-    ("generation", "version_id", "VersionId"),
+    *("ETag", "etag", "e_tag", "Content-MD5", "content_md5", "md5Hash", "md5", "Digest", "sha256", "sha", "blob_id"),
+    *("CRC", "crc32c", "checksum", "generation", "version_id", "VersionId"),
 )
 """What file systems say of a content, surest first."""
 TIMES = ("Last-Modified", "LastModified", "last_modified", "mtime", "modified", "updated", "created", "date_time")
@@ -56,7 +56,7 @@ class RemoteFiles(Place):
     url: str = field(repr=False)  # may hold a password
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def threads(self) -> int:
         return THREADS if self._system().async_impl else 1
 
     @property
@@ -109,7 +109,7 @@ class RemoteFiles(Place):
                 ignored[_text(reason)] += 1
             else:
                 size = info.get("size")
-                found.append(Entry(_text(file), path, -1 if size is None else size, _stamp(info, times=False)))
+                found.append(Entry(_text(file), path, -1 if size is None else size, _first(_stamps(info, IDENTITIES))))
         return in_order(found)
 
     def _walk(self, system: Any, root: str) -> dict[str, dict[str, Any]]:
@@ -131,7 +131,7 @@ class RemoteFiles(Place):
         size, stamp = entry.size, entry.stamp
         if size < 0 or not stamp:
             info = self._info(entry)
-            size, stamp = (-1 if info.get("size") is None else info["size"]), _stamp(info)
+            size, stamp = (-1 if info.get("size") is None else info["size"]), _first(_stamps(info))
         known, digest = size >= 0, xxhash.xxh3_128()
         if not known or not stamp:
             size = 0
@@ -161,10 +161,8 @@ class RemoteFiles(Place):
     def check(self, entry: Entry) -> None:
         info = self._info(entry)
         size = entry.size if info.get("size") is None else info["size"]
-        stamp = entry.stamp
-        if not stamp.startswith("xxh3:"):
-            stamp = _stamp(info)
-        if (size, stamp) != (entry.size, entry.stamp):
+        name = entry.stamp.partition(":")[0]
+        if size != entry.size or _stamps(info).get(name, entry.stamp) != entry.stamp:
             raise DataError(f"{self.where(entry.file)} changed while it was being prepared; run the command again")
 
     def where(self, file: str) -> str:
@@ -182,8 +180,11 @@ class RemoteFiles(Place):
     def stream(self, entry: Entry) -> BinaryIO:
         """What fsspec opens. Without ranges, a web server's file is one long answer."""
         system = self._system()
-        block = 0 if _is_http(system) and not entry.seeks else BLOCK_BYTES
-        return system.open(entry.path, "rb", block_size=block, cache_type="none")
+        if not _is_http(system):
+            return system.open(entry.path, "rb", block_size=BLOCK_BYTES, cache_type="none")
+        if not entry.seeks:
+            return system.open(entry.path, "rb", block_size=0)
+        return system.open(entry.path, "rb", block_size=BLOCK_BYTES, cache_type="none", size=entry.size)
 
     def _has_ranges(self, entry: Entry, size: int) -> bool:
         """Whether the end of the file can be read without the rest."""
@@ -216,7 +217,7 @@ class RemoteFiles(Place):
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.url)
+            return fsspec.core.url_to_fs(self.url, **_patience(self.url))
         except ImportError as error:
             raise DataError(f"{self.where('')} needs a package that is not installed: {redact(str(error))}") from None
         except ValueError as error:
@@ -336,14 +337,29 @@ def _problem(error: Exception) -> OSError:
     return OSError(errno.EIO, words)
 
 
-def _stamp(info: Mapping[str, Any], times: bool = True) -> str:
-    """What says that a content is the same; "" where nothing does."""
-    for names in (*IDENTITIES, *([TIMES] if times else [])):
-        for name in names:
-            if info.get(name) not in (None, ""):
-                value = str(info[name]).removeprefix("W/").strip('"')  # listings and files quote them differently
-                return f"{name.lower().replace('-', '_')}:{value}"
-    return ""
+def _stamps(info: Mapping[str, Any], names: Sequence[str] = IDENTITIES + TIMES) -> dict[str, str]:
+    """What says that a content is the same, surest first, by the names of what says it."""
+    stamps: dict[str, str] = {}
+    for name in names:
+        if info.get(name) not in (None, ""):
+            plain = name.lower().replace("-", "_")
+            value = str(info[name]).removeprefix("W/").strip('"')  # listings and files quote them differently
+            stamps.setdefault(plain, f"{plain}:{value}")
+    return stamps
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """Options for web servers: an answer may take as long as it needs, but not fall silent."""
+    import aiohttp
+    import fsspec.config
+
+    options: dict[str, Any] = {}
+    for scheme in ("http", "https"):
+        if f"{scheme}://" in url:
+            client = dict(fsspec.config.conf.get(scheme, {}).get("client_kwargs", {}))
+            client.setdefault("timeout", aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S))
+            options[scheme] = {"client_kwargs": client}
+    return options
 
 
 def _walks(system: Any) -> bool:
@@ -358,6 +374,10 @@ def _walks(system: Any) -> bool:
 
 def _is_left_out(folder: str) -> bool:
     return passes_over(unquote(folder.rstrip("/").rpartition("/")[2]))
+
+
+def _first(stamps: Mapping[str, str]) -> str:
+    return next(iter(stamps.values()), "")
 
 
 def _is_http(system: Any) -> bool:

@@ -257,6 +257,16 @@ def test_replaced_objects_do_not_change_what_an_id_means(repository):
     assert texts(plan) == wanted
 
 
+def test_repositories_of_sha256_objects(tmp_path):
+    folder = tmp_path / "long ids"
+    folder.mkdir()
+    run_git(folder, "init", "--quiet", "--object-format=sha256", "--initial-branch=main")
+    (folder / "a.py").write_text("a = 1\n")
+    id = commit(folder)
+    plan = sources.plan(folder, commit=id)
+    assert len(id) == 64 and texts(plan) == {"a.py": "a = 1\n"} and plan.source["commit"] == id
+
+
 def test_a_damaged_repository_is_a_sentence(repository):
     plan = sources.plan(repository, commit="HEAD")
     blob = run_git(repository, "rev-parse", "HEAD:a.py")

@@ -318,6 +318,18 @@ def test_a_line_of_100_megabytes_is_read_in_bounded_memory(tmp_path, name, head,
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 << 10, "KiB"
 
 
+def test_long_texts_of_parquet_come_in_small_batches(tmp_path, monkeypatch):
+    texts = ["x" * (3 << 20)] * 40
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet", use_dictionary=False, compression="none")
+    sizes = []
+    rows_of = readers._parquet_rows
+    monkeypatch.setattr(
+        readers, "_parquet_rows", lambda batch, part: sizes.append(batch.num_rows) or rows_of(batch, part)
+    )
+    assert len(documents(sources.plan(tmp_path / "t.parquet"))) == 40
+    assert sum(sizes) == 40 and max(sizes) <= 5
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.txt", "t.py", "t.parquet"])
 @pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"\n" * 1000, b"\xef\xbb\xbf", b"\xff\xfe", b"\x1f\x8b" * 9])
 def test_files_of_nothing_and_of_nonsense(tmp_path, name, content):

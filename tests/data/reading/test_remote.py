@@ -254,6 +254,13 @@ def test_a_server_that_keeps_failing_is_given_up():
         assert web.failing == 97, "three tries"
 
 
+def test_long_answers_are_waited_for_and_settings_of_the_person_kept(monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "http", {"client_kwargs": {"headers": {"Authorization": "x"}}})
+    client = RemoteFiles("http://127.0.0.1:1/a.csv")._system().client_kwargs
+    assert client["headers"] == {"Authorization": "x"}
+    assert client["timeout"].total is None and client["timeout"].sock_read == remote.SILENCE_S
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
