@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from blues.cluster.pool import map_tasks
-from blues.data.preparing.base import Base, Mode, Settings, find_base, holds_dataset
+from blues.data.preparing.base import Base, Mode, Settings, files_table, find_base, holds_dataset
 from blues.data.preparing.build import Build, Progress
 from blues.data.preparing.shards import Recipe, TaskResult, run_task
 from blues.data.reading.readers import Part
@@ -84,12 +86,12 @@ def prepare(
     settings = Settings(tokenizer, validation_fraction, compression)
     with exclusive(output):
         base = find_base(output, plan, settings, mode) if holds_dataset(output) and not overwrite else None
+        table = files_table(plan, 0 if base is None else base.origin)
         if base is not None and mode == "prepare":
-            _refuse_other(base, plan, settings)
+            _refuse_other(base, plan, table)
+        if base is not None and mode != "append" and base.holds(table):
             return Prepared(base.newest, made=False)
-        if base is not None and mode == "update" and base.holds(plan):
-            return Prepared(base.newest, made=False)
-        build = Build(plan, partial_directory(output), settings, base)
+        build = Build(plan, table, partial_directory(output), settings, base)
         done = _do_tasks(build, backend, num_workers, address, report)
         store = build.publish(output, _operation(build, mode), code_version())
     return Prepared(store, True, build.progress(), done.tokenizers, done.fell_back, done.rechecked)
@@ -172,12 +174,12 @@ def _operation(build: Build, mode: Mode) -> dict[str, Any]:
     return operation
 
 
-def _refuse_other(base: Base, plan: Plan, settings: Settings) -> None:
+def _refuse_other(base: Base, plan: Plan, table: pa.Table) -> None:
     """Raise unless the dataset that is there is the one that is asked for."""
     output = str(base.newest.path)
     if len(base.raw.manifest["sources"]) > 1:
         raise DataError(f"{output!r} holds more than {plan.name!r}; --update it, or choose another --data-cache-dir")
-    if not base.holds(plan):
+    if not base.holds(table):
         raise DataError(
             f"{output!r} already holds another dataset: {plan.name!r} is not what it was made of. --update makes a new "
             "version of what changed, --append adds this source, --overwrite replaces it; or choose another "

@@ -6,9 +6,9 @@ In: a dataset directory, a plan of source files, settings. Out: a `Base` to go o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from blues.errors import DataError
 Mode = Literal["prepare", "update", "append"]
 READING = tuple(field.name for field in fields(Part) if field.name not in ("entry", "start", "stop", "row", "bytes"))
 """How a part is read, apart from where in its file it lies."""
+_reading_values = attrgetter(*READING)
 RAW = ("prepare", "update", "append")
 """Operations whose versions hold every document of their sources, so that an update can build upon them."""
 
@@ -73,14 +74,14 @@ class Base:
         """The files of the source that is prepared again."""
         return self.files.filter(pc.equal(self.files["origin"], self.origin))
 
-    def holds(self, plan: Plan) -> bool:
+    def holds(self, files: pa.Table) -> bool:
         """Whether the source is what it was: the same files with the same content, read in the same way."""
-        return self.own_files.equals(files_table(plan, self.origin))
+        return self.own_files.equals(files)
 
 
-def reading_of(parts: Sequence[Part]) -> str:
+def reading_of(part: Part) -> str:
     """How a file is read: kind, columns, encoding and whatever else a reader goes by, apart from where it is cut."""
-    return _reading(tuple(getattr(parts[0], name) for name in READING)) if parts else ""
+    return _reading(_reading_values(part))
 
 
 @lru_cache(maxsize=1024)
@@ -90,14 +91,12 @@ def _reading(values: tuple[Any, ...]) -> str:
 
 def files_table(plan: Plan, origin: int = 0) -> pa.Table:
     """The plan's files as `versions.FILES_SCHEMA`: what was read, how, and a checksum of it."""
-    parts: dict[str, list[Part]] = {}
-    for part in plan.parts:
-        parts.setdefault(part.file, []).append(part)
+    readings = {part.file: reading_of(part) for part in plan.parts}
     columns = [
         [file.file for file in plan.files],
         [file.content for file in plan.files],
         [file.bytes for file in plan.files],
-        [reading_of(parts.get(file.file, ())) for file in plan.files],
+        [readings.get(file.file, "") for file in plan.files],
         [origin] * len(plan.files),
     ]
     return pa.table(columns, schema=versions.FILES_SCHEMA)

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from blues import config as cfg
-from blues.data.preparing.base import Base, Settings, files_table
+from blues.data.preparing.base import Base, Settings
 from blues.data.preparing.shards import (
     TASKS,
     Recipe,
@@ -73,13 +73,15 @@ class Progress:
 
 
 class Build:
-    """One version in the making. `tasks` are the groups of parts that are to be read; `results` those that are done."""
+    """One version in the making. `tasks` are the groups of parts that are to be read; `results` those that are done.
 
-    def __init__(self, plan: Plan, partial: Path, settings: Settings, base: Base | None) -> None:
-        self.plan, self.partial, self.settings, self.base = plan, partial, settings, base
+    table: the plan's files, see `files_table`.
+    """
+
+    def __init__(self, plan: Plan, table: pa.Table, partial: Path, settings: Settings, base: Base | None) -> None:
+        self.plan, self.table, self.partial, self.settings, self.base = plan, table, partial, settings, base
         self.split = Split.fraction(settings.validation_fraction)
         self.began = time.monotonic()
-        self.table = files_table(plan, 0 if base is None else base.origin)
         self._choose(self._unchanged())
 
     def _choose(self, reused: frozenset[str]) -> None:
@@ -133,7 +135,8 @@ class Build:
     def _request(self) -> dict[str, Any]:
         digest = xxhash.xxh3_128("\n".join(sorted(self.reused)).encode("utf-8", "surrogateescape"))
         for column in self.table.columns:
-            digest.update(json.dumps(column.to_pylist()).encode())
+            for buffer in (buffer for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None):
+                digest.update(buffer)
         return {
             "settings": self.settings.tree(),
             "tokenizer": cfg.dump(self.settings.tokenizer),

@@ -18,7 +18,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +38,8 @@ SUFFIXES: dict[str, str] = {"none": ".tokens", "zstd": ".tokens.zst"}
 ZSTD_LEVEL = 3
 FRAME_TOKENS = 1 << 14
 """Tokens of a compressed frame: what must be decompressed to read one of them."""
-CACHED_FRAMES = 1 << 10
-"""Decompressed frames that stay in memory, in all: 64 MiB."""
+FRAME_BYTES = 64 << 20
+"""Decompressed frames that stay in memory, in all."""
 OPEN_READERS = 256
 READ_BYTES = 1 << 24
 SEEK_TABLE, SEEK_FOOTER = 0x184D2A5E, 0x8F92EAB1  # magic numbers of the seekable format
@@ -251,12 +251,16 @@ class ZstdReader:
         filled = 0
         while filled < len(target):
             frame, inside = divmod(start + filled, FRAME_TOKENS)
-            tokens = _frames.get(self, frame)[inside:]
+            tokens = self._cached(frame)[inside:]
             count = min(len(tokens), len(target) - filled)
             if count == 0:
                 raise DataError(f"{self.path!r} ends within its frame {frame}; verify the dataset")
             target[filled : filled + count] = tokens[:count]
             filled += count
+
+    def _cached(self, frame: int) -> np.ndarray:
+        # The key is not the reader itself: that would keep its file open.
+        return frames.get((self.path, self.checksum, frame), lambda: self.decompress(frame))
 
     def decompress(self, frame: int) -> np.ndarray:
         """The tokens of one frame."""
@@ -273,29 +277,37 @@ class ZstdReader:
             raise DataError(f"frame {frame} of {self.path!r} is damaged ({what}); verify the dataset") from None
 
 
-class _FrameCache:
-    """The frames read last, over all chunks of this process."""
+class BoundedCache:
+    """What was made last, by key, up to so many bytes (`nbytes` of the values) over all threads of this process."""
 
-    def __init__(self) -> None:
-        self._frames: OrderedDict[tuple[str, str, int], np.ndarray] = OrderedDict()
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._values: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, reader: ZstdReader, frame: int) -> np.ndarray:
-        key = (reader.path, reader.checksum, frame)  # not the reader: that would keep its file open
+    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The value of `key`, made if it is not there."""
         with self._lock:
-            found = self._frames.get(key)
-            if found is not None:
-                self._frames.move_to_end(key)
-                return found
-        tokens = reader.decompress(frame)
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
         with self._lock:
-            self._frames[key] = tokens
-            while len(self._frames) > CACHED_FRAMES:
-                self._frames.popitem(last=False)
-        return tokens
+            if key not in self._values:  # another thread may have been faster
+                self._values[key] = value
+                self.size += value.nbytes
+            while self.size > self.limit and len(self._values) > 1:
+                self.size -= self._values.popitem(last=False)[1].nbytes
+        return value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._values.clear()
+            self.size = 0
 
 
-_frames = _FrameCache()
+frames = BoundedCache(FRAME_BYTES)
 
 
 @functools.lru_cache(maxsize=OPEN_READERS)

@@ -37,6 +37,7 @@ from blues.data import tokenizer as tok
 from blues.data.storage.chunks import (
     INDEX_SCHEMA,
     TOKEN_TYPE,
+    BoundedCache,
     ChunkRecord,
     FileRecord,
     load_tokens,
@@ -60,7 +61,8 @@ VERSION = 2  # of the format
 VERSIONS = "versions"
 QUARANTINE = "quarantine.jsonl"
 SPLITS = ("train", "validation")
-INDEXES_IN_MEMORY = 32
+INDEX_BYTES = 128 << 20
+"""Document indexes that stay in memory, in all."""
 SEGMENT_TYPE = np.dtype(
     [("chunk", "<i4"), ("first_document", "<i8"), ("documents", "<i8"), ("first_token", "<i8"), ("tokens", "<i8")]
 )
@@ -264,7 +266,8 @@ class Store:
 
     def index(self, split: str, chunk: int) -> pa.Table:
         """The document index of a chunk as it lies on disk; see INDEX_SCHEMA."""
-        return _read_index(self.path.absolute(), self.chunks[_known(split)][chunk].index)
+        record = self.chunks[_known(split)][chunk].index
+        return indexes.get((self._absolute, record), lambda: _read_index(self.path, record))
 
     def tables(self, split: str, columns: Sequence[str] = TABLE_COLUMNS) -> Iterator[pa.Table]:
         """The documents of a split in order, a table for each segment: id, source, length (tokens, `<|endoftext|>`
@@ -409,7 +412,9 @@ def _check_segments(segments: np.ndarray, chunks: Sequence[ChunkRecord]) -> None
             raise ValueError("a segment ends after its chunk")
 
 
-@functools.lru_cache(maxsize=INDEXES_IN_MEMORY)
+indexes = BoundedCache(INDEX_BYTES)
+
+
 def _read_index(path: Path, record: FileRecord) -> pa.Table:
     content = read_checked(path, record)
     try:

@@ -326,7 +326,7 @@ def test_damaged_tokens_are_not_copied(tmp_path):
 def test_a_damaged_index_or_record_of_a_source_is_named(tmp_path, name):
     path = make_store(tmp_path / "data", train=texts("a", 2, 9))
     flip(path / name, 60)
-    st._read_index.cache_clear()  # this process wrote it, and so has it in memory
+    st.indexes.clear()  # this process wrote it, and so has it in memory
     with pytest.raises(DataError, match=f"{name}' does not match its checksum in the manifest"):
         write(combine([path]), tmp_path / "out", Settings(keep_order=True))
     assert not (tmp_path / "out").exists()

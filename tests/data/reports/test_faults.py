@@ -39,8 +39,8 @@ def forget() -> None:
     """Close what this process keeps of chunks, as another process would not have them."""
     chunks.open_reader.cache_clear()
     chunks.memory_map.cache_clear()
-    chunks._frames._frames.clear()
-    store._read_index.cache_clear()
+    chunks.frames.clear()
+    store.indexes.clear()
 
 
 def named(fault: Fault, root: Path) -> bool:

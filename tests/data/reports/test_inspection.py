@@ -134,7 +134,7 @@ def test_damaged_indexes_are_a_sentence(tmp_path):
     path = make_store(tmp_path / "data", train=TRAIN)
     for file in (path / CHUNKS).glob("*.parquet"):
         file.write_bytes(bytes(file.stat().st_size))
-    store._read_index.cache_clear()  # another process would not have read it before
+    store.indexes.clear()  # another process would not have read it before
     for look in (lambda: overview(path), lambda: choose_documents(path, 1), lambda: training_window(path, 0, 3)):
         with pytest.raises(BluesError, match="does not match its checksum in the manifest; restore it"):
             look()

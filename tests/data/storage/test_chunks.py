@@ -110,12 +110,11 @@ def test_many_threads_read_the_same_chunk(tmp_path, compression):
 
 
 def test_the_frames_in_memory_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "CACHED_FRAMES", 3)
-    monkeypatch.setattr(chunks, "_frames", chunks._FrameCache())
+    monkeypatch.setattr(chunks, "frames", chunks.BoundedCache(3 * FRAME_TOKENS * 4))
     record = write(tmp_path, random_documents([10 * FRAME_TOKENS]), "zstd")
     for start in range(0, 10 * FRAME_TOKENS, FRAME_TOKENS):
         read(tmp_path, record, start, 5)
-    assert len(chunks._frames._frames) == 3
+    assert chunks.frames.size == 3 * FRAME_TOKENS * 4
 
 
 def test_a_chunk_made_again_at_its_place_is_read_anew(tmp_path):
