@@ -3,7 +3,7 @@
 In: lengths and digests of documents, counts of tokens. Out: `Statistics` of one split of one source, and `Overlap`
 between all of them.
 
-Legend: D documents, V ids of the vocabulary, S splits of sources.
+Legend: D documents, V ids of the vocabulary, S splits of sources, U digests that are there more than once.
 """
 
 from __future__ import annotations
@@ -143,26 +143,27 @@ def overlap(names: Sequence[tuple[str, str]], digests: Sequence[np.ndarray]) -> 
     """Which documents are in which of S splits. digests: uint64[documents] of each, in order."""
     from scipy import sparse
 
-    sizes = [len(digest) for digest in digests]
-    if not sum(sizes):
-        zeros = (0,) * len(names)
-        return Overlap(tuple(names), (zeros,) * len(names), zeros, zeros)
-    unique, first, kind_D = np.unique(np.concatenate(digests), return_index=True, return_inverse=True)
-    row_D = np.repeat(np.arange(len(names)), sizes)
-    counts_SU = sparse.csr_array((np.ones(len(row_D), np.int64), (row_D, kind_D)), shape=(len(names), len(unique)))
+    everything, count = np.concatenate([np.zeros(0, np.uint64), *digests]), len(names)
+    ordered = np.sort(everything)
+    repeated_U = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])  # most documents are there once: they end here
+    if not len(repeated_U):
+        return Overlap(tuple(names), ((0,) * count,) * count, (0,) * count, (0,) * count)
+    kind_D = np.minimum(np.searchsorted(repeated_U, everything), len(repeated_U) - 1)
+    kept = repeated_U[kind_D] == everything
+    kind_D, row_D = kind_D[kept], np.repeat(np.arange(count), [len(digest) for digest in digests])[kept]
+    counts_SU = sparse.csr_array((np.ones(len(row_D), np.int64), (row_D, kind_D)), shape=(count, len(repeated_U)))
     counts_SU.sum_duplicates()
     present_SU = counts_SU.astype(bool).astype(np.int64)
-    shared_SS = (counts_SU @ present_SU.T).toarray()
-    distinct_S = present_SU.sum(axis=1)
-    np.fill_diagonal(shared_SS, np.array(sizes) - distinct_S)
-    new_S = np.bincount(row_D[first], minlength=len(names))
-    held_out_U = np.zeros(len(unique), dtype=bool)
+    documents_S, shared_SS = np.bincount(row_D, minlength=count), (counts_SU @ present_SU.T).toarray()
+    np.fill_diagonal(shared_SS, documents_S - present_SU.sum(axis=1))
+    first = np.unique(kind_D, return_index=True)[1]
     is_held_out_S = np.array([split == "validation" for _, split in names])
+    held_out_U = np.zeros(len(repeated_U), dtype=bool)
     held_out_U[kind_D[is_held_out_S[row_D]]] = True
-    leaked_S = np.bincount(row_D[held_out_U[kind_D]], minlength=len(names)) * ~is_held_out_S
+    leaked_S = np.bincount(row_D[held_out_U[kind_D]], minlength=count) * ~is_held_out_S
     return Overlap(
         names=tuple(names),
         shared=tuple(tuple(row) for row in shared_SS.tolist()),
-        duplicates=tuple((np.array(sizes) - new_S).tolist()),
+        duplicates=tuple((documents_S - np.bincount(row_D[first], minlength=count)).tolist()),
         leaked=tuple(leaked_S.tolist()),
     )
