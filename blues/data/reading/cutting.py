@@ -13,14 +13,22 @@ from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blues.data.reading import streams
 from blues.data.reading.csv_rows import CsvRows, csv_delimiter
 from blues.data.reading.places import Place
 from blues.data.reading.readers import Part, text_pieces
-from blues.data.reading.streams import BLOCK_BYTES, UTF8, UTF8_MARK, compression_of, open_random, open_stream
+from blues.data.reading.streams import (
+    BLOCK_BYTES,
+    DAMAGES,
+    UTF8,
+    UTF8_MARK,
+    compression_of,
+    damage,
+    open_random,
+    open_stream,
+)
 from blues.errors import DataError
 
 WINDOW_BYTES = 4 << 20
@@ -34,17 +42,19 @@ def cut(place: Place, whole: Part, part_bytes: int, above: int) -> list[Part]:
         DataError: it vanished, changed since it was planned, or cannot be read.
     """
     try:
-        if whole.kind == "parquet":
-            parts = list(_cut_parquet(place, whole, part_bytes)) if whole.entry.seeks else [whole]
-        elif whole.kind not in CUTTERS or whole.entry.size <= above or not _is_plain(place, whole):
-            return [whole]
-        else:
-            parts = list(CUTTERS[whole.kind](place, whole, part_bytes))
+        try:
+            if whole.kind == "parquet":
+                parts = list(_cut_parquet(place, whole, part_bytes)) if whole.entry.seeks else [whole]
+            elif whole.kind not in CUTTERS or whole.entry.size <= above or not _is_plain(place, whole):
+                return [whole]
+            else:
+                parts = list(CUTTERS[whole.kind](place, whole, part_bytes))
+        except DAMAGES as error:
+            words = damage(error)
+            place.check(whole.entry)  # one that changed need not be what the plan says
+            raise DataError(f"{place.where(whole.file)} is damaged: {words}") from None
         place.check(whole.entry)
         return parts
-    except pa.ArrowException as error:
-        place.check(whole.entry)
-        raise DataError(f"{place.where(whole.file)} is damaged: {' '.join(str(error).split())}") from None
     except OSError as error:
         raise DataError(f"cannot read {place.where(whole.file)}: {error.strerror or error}") from None
 

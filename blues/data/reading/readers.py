@@ -22,6 +22,7 @@ from blues.data.reading.csv_rows import CsvRows, csv_delimiter, csv_header
 from blues.data.reading.metadata import Unusable, column_values, jsonable
 from blues.data.reading.places import Entry, Place
 from blues.data.reading.streams import (
+    DAMAGES,
     UTF8,
     UTF8_MARK,
     DamagedStream,
@@ -29,6 +30,7 @@ from blues.data.reading.streams import (
     LineTooLong,
     codec,
     cookie,
+    damage,
     decode,
     marked,
     open_bytes,
@@ -104,10 +106,12 @@ def read_part(place: Place, part: Part) -> Iterator[Record]:
     try:
         try:
             yield from READERS[part.kind](place, part)
-        except (pa.ArrowException, DataError, LookupError, ValueError) as error:
+        except DAMAGES as error:
+            words = damage(error)
             place.check(part.entry)  # one that changed need not be what the plan says
-            if isinstance(error, pa.ArrowException):
-                raise DataError(f"{place.where(part.file)} is damaged: {' '.join(str(error).split())}") from None
+            raise DataError(f"{place.where(part.file)} is damaged: {words}") from None
+        except (DataError, LookupError, ValueError):
+            place.check(part.entry)
             raise
         place.check(part.entry)
     except OSError as error:
@@ -206,10 +210,8 @@ def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
                     for text, id, *metadata in _parquet_rows(batch, part):
                         row += 1
                         yield _table_row(part, row, text, id, metadata, UTF8)
-            except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                detail = f"row group {group}: {' '.join(str(error).split())}"[:300]
+            except DAMAGES as error:
+                detail = f"row group {group}: {damage(error)}"
                 yield Rejected(part.file, row + 1, "damaged Parquet rows", detail, rows=end - row)
             row = end
 

@@ -38,12 +38,14 @@ from blues.data.reading.readers import (
 )
 from blues.data.reading.streams import (
     COMPRESSIONS,
+    DAMAGES,
     UTF8,
     DamagedStream,
     Lines,
     LineTooLong,
     codec,
     compression_of,
+    damage,
     open_random,
     open_stream,
 )
@@ -59,6 +61,8 @@ LONG_SAMPLE = 10_000
 """The same, while a column that was named has not been seen."""
 MOST_IGNORED = 100
 """Kinds of files passed over that are told apart; the rest is one sum."""
+MOST_LISTED = 40
+"""Columns named in a message."""
 TEXT_COLUMNS = ("text", "content", "code")
 """Columns that are taken for the text where none is named, first found first."""
 
@@ -363,8 +367,8 @@ def _columns(place: Place, part: Part, wanted: Wanted) -> tuple[list[str], pa.Sc
     where = place.where(part.file)
     try:
         if part.kind == "parquet":
-            with open_random(place, part.entry) as stream:
-                schema = pq.read_schema(stream)
+            with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
+                schema = file.schema_arrow
             columns = list(schema.names)
         else:
             stream, encoding = open_stream(place, part.entry, part.encoding)
@@ -373,8 +377,8 @@ def _columns(place: Place, part: Part, wanted: Wanted) -> tuple[list[str], pa.Sc
                     columns = csv_header(iter(CsvRows(stream, csv_delimiter(part.file))))
                 else:
                     columns = _json_columns(stream, wanted)
-    except (pa.ArrowException, DamagedStream) as error:
-        raise DataError(f"{where} is damaged or not {part.kind}: {' '.join(str(error).split())}") from None
+    except (*DAMAGES, DamagedStream) as error:
+        raise DataError(f"{where} is damaged or not {part.kind}: {damage(error)}") from None
     if not columns:
         form = {"csv": "a header row", "jsonl": "JSON objects, one on each line"}.get(part.kind, "columns")
         flags = "--format" if part.kind == "parquet" else f"--format, or with --encoding if it is not in {encoding}"
@@ -420,17 +424,23 @@ def _choose_columns(where: str, columns: Sequence[str], wanted: Wanted) -> tuple
     for flag, column in wanted.named:
         if column not in columns:
             hint = nearest(column, columns)
-            there = "" if hint.startswith(" Choose") else f" It has: {', '.join(columns)}."
-            raise DataError(f"{where} has no column {column!r} ({flag}).{there}{hint}")
+            close = "" if hint.startswith(" Choose") else hint
+            raise DataError(f"{where} has no column {column!r} ({flag}). It has: {_listed(columns)}.{close}")
     text_column = wanted.text_column
     if text_column is None:
         usual = [column for column in TEXT_COLUMNS if column in columns]
         if not usual and len(columns) > 1:
             raise DataError(
-                f"{where} has no column 'text'; say which one holds it with --text-column: {', '.join(columns)}"
+                f"{where} has no column 'text'; say which one holds it with --text-column: {_listed(columns)}"
             )
         text_column = usual[0] if usual else columns[0]
     for column in (text_column, *(column for _, column in wanted.named)):
         if columns.count(column) > 1:
             raise DataError(f"{where} has more than one column {column!r}; rename all but one")
     return text_column, wanted.id_column
+
+
+def _listed(columns: Sequence[str]) -> str:
+    """The names in one line, whatever they hold and however many there are."""
+    names = [name if name.isprintable() and len(name) < 80 else repr(name[:80]) for name in columns[:MOST_LISTED]]
+    return ", ".join(names) + (f" and {len(columns) - MOST_LISTED:,} more" if len(columns) > MOST_LISTED else "")

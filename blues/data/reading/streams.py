@@ -52,6 +52,17 @@ class LineTooLong(Exception):
     """A line longer than a document may be; the stream stands behind it."""
 
 
+DAMAGES = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for damaged content, and the system for what it cannot read; `damage` tells them apart."""
+
+
+def damage(error: Exception) -> str:
+    """What is wrong with the content, in one line; an error of the system, which has a number, is raised again."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return " ".join(str(error).split())[:300]
+
+
 def codec(encoding: str) -> str:
     """Python's name of an encoding of text files; `utf-8` also for `UTF8` and `utf-8-sig`, whose mark is always read.
 
@@ -147,10 +158,8 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             content = self._stream.read(len(buffer))
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise DamagedStream(" ".join(str(error).split())) from None
+        except DAMAGES as error:
+            raise DamagedStream(damage(error)) from None
         buffer[: len(content)] = content
         return len(content)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
+import random
 import resource
 from collections.abc import Sequence
 from decimal import Decimal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -353,3 +355,53 @@ def test_damaged_rows_of_parquet_are_counted(tmp_path):
     lost = [record for record in records if isinstance(record, Rejected)]
     assert sum(record.rows for record in lost) == 100 and {record.reason for record in lost} == {"damaged Parquet rows"}
     assert [d.text for d in documents(plan)] == rows[:100] + rows[200:]
+
+
+def damaged(content: bytes, generator: random.Random) -> bytes:
+    """Some bytes changed, added or gone, or the end cut off."""
+    found = bytearray(content)
+    for _ in range(generator.choice([1, 1, 2, 5, 30])):
+        at = generator.randrange(len(found) + 1)
+        change = generator.randrange(4)
+        if change == 0:
+            found[at : at + 1] = generator.randbytes(1)
+        elif change == 1:
+            del found[at : at + generator.randrange(50)]
+        elif change == 2:
+            found[at:at] = generator.randbytes(generator.randrange(9))
+        else:
+            del found[max(at, len(found) // 4) :]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl", "t.jsonl.gz", "t.csv.zst", "t.txt", "t.py"])
+def test_whatever_is_damaged_is_told_in_a_sentence_or_costs_rows(tmp_path, monkeypatch, name):
+    rows = [{"text": f"row {n} é", "id": f"r{n}", "m": None if n % 3 else n, "tags": ["a", str(n)]} for n in range(60)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=20)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    table = ("text,id,m\n" + "".join(f'"row ""{n}""\n",r{n},\n' for n in range(60))).encode()
+    whole = {
+        **{"t.parquet": (tmp_path / "t.parquet").read_bytes(), "t.csv": table, "t.jsonl": lines, "t.txt": lines},
+        **{"t.jsonl.gz": gzip.compress(lines), "t.csv.zst": zstandard.compress(table)},
+        "t.py": b"# coding: latin-1\nx = 1\n" * 20,
+    }[name]
+    generator, used = random.Random(name), 0
+    for _ in range(150):
+        path = write(tmp_path / name, damaged(whole, generator))
+        monkeypatch.setattr(sources, "PART_BYTES", generator.choice([50, 500, 4 << 20]))
+        encoding = generator.choice(["utf-8", "cp1252", "gb18030"])
+        try:
+            plan = sources.plan(path, metadata_columns=["m"], encoding=encoding)
+            records = read_all(plan)
+        except DataError as error:
+            assert "\n" not in str(error)
+            continue
+        used += 1
+        for record in records:
+            told = (
+                [record.id, record.text, record.metadata]
+                if isinstance(record, Document)
+                else [record.file, record.detail]
+            )
+            json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
+    assert used > 5

@@ -205,6 +205,8 @@ def write(tmp_path: Path, name: str, content: bytes) -> Path:
         ("absent.csv", None, {}, "there is no file or folder .*absent.csv"),
         ("a.csv", b"id,body\n1,x\n", {}, "a.csv' has no column 'text'; say which one .*--text-column: id, body"),
         ("a.csv", b"id,body\n1,x\n", {"text_column": "bdy"}, "no column 'bdy' .*It has: id, body.*Did you mean 'body'"),
+        ("a.csv", b'"a\nb",c\n1,2\n', {}, r"--text-column: 'a\\nb', c$"),
+        ("a.csv", b",".join(b"c%d" % n for n in range(5000)), {}, "c38, c39 and 4,960 more$"),
         ("a.csv", b"text\nx\n", {"id_column": "id"}, r"no column 'id' \(--id-column\)"),
         ("a.jsonl", b"not json\n", {}, "a.jsonl' does not begin with JSON objects"),
         ("a.jsonl", b'{"a": 1, "b": 2}\n', {}, "has no column 'text'.*: a, b"),
@@ -221,6 +223,19 @@ def test_bad_sources_say_what_where_and_what_to_do(
     with pytest.raises(DataError, match=message) as caught:
         sources.plan(path, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_table_does_not_stop_a_folder(tmp_path: Path) -> None:
+    """Whatever Arrow says of the damage; in a folder it costs that table alone."""
+    pq.write_table(pa.table({"text": ["a"] * 50}), tmp_path / "a.parquet")
+    content, footer = (tmp_path / "a.parquet").read_bytes(), 60
+    write(tmp_path, "fine.md", b"# fine\n")
+    for position in range(len(content) - 8 - footer, len(content)):
+        write(tmp_path, "a.parquet", content[:position] + bytes([content[position] ^ 0xFF]) + content[position + 1 :])
+        plan = sources.plan(tmp_path)
+        assert "# fine\n" in texts(plan)
+        assert [r.reason for r in plan.rejected] in ([], ["table that cannot be read"])
+        assert all("\n" not in r.detail for r in plan.rejected)
 
 
 def test_a_table_without_the_column_does_not_stop_a_folder(tmp_path: Path) -> None:
