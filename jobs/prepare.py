@@ -142,7 +142,8 @@ def summary(prepared, planned) -> list[str]:
 
     store, state = prepared.store, prepared.progress
     manifest = store.manifest
-    lines = [f"{store.path}: {manifest['documents']:,} documents from {len(planned.files):,} files"]
+    files = sum(source["files"] for source in manifest["sources"])
+    lines = [f"{store.path}: {manifest['documents']:,} documents from {files:,} files"]
     for split, tree in manifest["splits"].items():
         lines.append(
             f"  {split:<11} {tree['documents']:>9,} documents  {tree['tokens']:>13,} tokens  "
@@ -164,6 +165,10 @@ def summary(prepared, planned) -> list[str]:
     if operation["kind"] != "prepare":
         read, kept, removed = (operation[f"files_{what}"] for what in ("read", "kept", "removed"))
         lines.append(f"  version {store.version}: {read:,} files read, {kept:,} unchanged, {removed:,} gone")
+        if operation["all_again"]:
+            lines.append(
+                "  all of them again: of so few documents, which is held out changes with the others"
+            )
     before = f", {state.resumed:,} of {state.tasks:,} parts from an earlier start" if state.resumed else ""
     backends = " and ".join(sorted(prepared.tokenizers))
     checked = f" ({prepared.rechecked:,} documents checked with tiktoken)" if prepared.rechecked else ""

@@ -83,6 +83,12 @@ def prepare(
         DataError: `output` holds something else, a source cannot be read, or no document came of it.
     """
     output = Path(output)
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"the name {str(output)!r} is not UTF-8, which Ray needs; choose another --data-cache-dir"
+        ) from None
     settings = Settings(tokenizer, validation_fraction, compression)
     with exclusive(output):
         base = find_base(output, plan, settings, mode) if holds_dataset(output) and not overwrite else None
@@ -170,6 +176,7 @@ def _operation(build: Build, mode: Mode) -> dict[str, Any]:
             "files_read": len(build.plan.files) - len(build.reused),
             "files_kept": len(build.reused),
             "files_removed": len(build.removed),
+            "all_again": build.all_again,
         }
     return operation
 
@@ -179,6 +186,11 @@ def _refuse_other(base: Base, plan: Plan, table: pa.Table) -> None:
     output = str(base.newest.path)
     if len(base.raw.manifest["sources"]) > 1:
         raise DataError(f"{output!r} holds more than {plan.name!r}; --update it, or choose another --data-cache-dir")
+    if base.own_files.select(["file", "content"]).equals(table.select(["file", "content"])) and not base.holds(table):
+        raise DataError(
+            f"{output!r} was read from the same files with other options (columns, encoding, format); name the same, "
+            "--update to read them anew as a new version, or --overwrite to replace it"
+        )
     if not base.holds(table):
         raise DataError(
             f"{output!r} already holds another dataset: {plan.name!r} is not what it was made of. --update makes a new "

@@ -175,7 +175,7 @@ def test_a_killed_command_is_finished_by_another(ray_session, raw, expected, tmp
     output = tmp_path / "data"
     words = ["prepare", "--input-dir", str(raw), "--data-cache-dir", str(output), "--vocab-size", "300"]
     program = (
-        "import sys; from blues.data import sources; from blues.cli import main; "
+        "import sys; from blues.data.reading import sources; from blues.cli import main; "
         f"sources.PART_BYTES = {PART_BYTES}; sys.exit(main(sys.argv[1:]))"
     )
     log = tmp_path / "log"

@@ -316,3 +316,24 @@ def test_from_commit_to_commit(raw, tmp_path):
     back = at("data", first, "update").store
     assert_same(back, at("first", first).store)
     assert back.fingerprint == old.fingerprint and back.version == 3
+
+
+def test_what_is_told_of_an_update(raw, tmp_path):
+    """Why everything is read again where it is, how files were read, and that other options are not another source."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in "ab":
+        (few / f"{name}.py").write_text(f"{name} = 1\n")
+    run(few, tmp_path / "small")
+    (few / "c.py").write_text("c = 1\n")
+    assert run(few, tmp_path / "small", "update").store.manifest["operation"]["all_again"]
+    store = run(raw, tmp_path / "data").store
+    [source] = store.manifest["sources"]
+    kinds = {(read["kind"], read.get("language")): read["files"] for read in source["read_as"]}
+    assert kinds == {("csv", None): 1, ("source", "python"): 61}
+    (raw / "f001.py").write_text("a = 1\n")
+    assert not run(raw, tmp_path / "data", "update").store.manifest["operation"]["all_again"]
+    with pytest.raises(DataError, match="was read from the same files with other options .*--update to read them anew"):
+        prepare(sources.plan(raw, encoding="latin-1"), tmp_path / "data", TOKENIZER)
+    with pytest.raises(DataError, match="is not UTF-8, which Ray needs; choose another --data-cache-dir"):
+        run(raw, tmp_path / "data\udcff")

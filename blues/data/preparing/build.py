@@ -48,6 +48,9 @@ from blues.data.storage.growing import open_growing, take_name
 from blues.data.storage.store import SPLITS, Store
 from blues.errors import DataError
 
+MOST_READINGS = 50
+"""Ways of reading (kind, columns, encoding, language) that a manifest lists of a source."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -82,6 +85,7 @@ class Build:
         self.plan, self.table, self.partial, self.settings, self.base = plan, table, partial, settings, base
         self.split = Split.fraction(settings.validation_fraction)
         self.began = time.monotonic()
+        self._dropped = False  # whether what could have been reused had to be read again
         self._choose(self._unchanged())
 
     def _choose(self, reused: frozenset[str]) -> None:
@@ -96,13 +100,26 @@ class Build:
 
     def _unchanged(self) -> frozenset[str]:
         """Files of the plan whose documents are in the dataset already, read in the same way from the same bytes."""
-        if self.base is None or self.base.raw.manifest["settings"].get("threshold") != hex(self.split.threshold):
+        if self.base is None or self._split_of_base_moved:
             return frozenset()
         there, now = (
             zip(*(table[name].to_pylist() for name in ("file", "content", "reading")), strict=True)
             for table in (self.base.own_files, self.table)
         )
         return frozenset(file for file, _, reading in set(there) & set(now) if reading)
+
+    @property
+    def _split_of_base_moved(self) -> bool:
+        """Whether the version before had too few documents for the border between its splits to be the usual one."""
+        assert self.base is not None
+        return self.base.raw.manifest["settings"].get("threshold") != hex(
+            Split.fraction(self.settings.validation_fraction).threshold
+        )
+
+    @property
+    def all_again(self) -> bool:
+        """Whether unchanged files were read again because documents change between the splits."""
+        return self.base is not None and (self._split_of_base_moved or self._dropped)
 
     @property
     def removed(self) -> frozenset[str]:
@@ -158,6 +175,7 @@ class Build:
             if all(split in brought or len(self._places(split)[0]) for split in SPLITS):
                 return True
             if self.reused:
+                self._dropped = True
                 self._choose(frozenset())
                 return False
         extremes = {
@@ -231,7 +249,9 @@ class Build:
     def _sources(self) -> list[Mapping[str, Any]]:
         sources = [] if self.base is None else list(self.base.raw.manifest["sources"])
         place = 0 if self.base is None else self.base.origin
-        sources[place : place + 1] = [self.plan.source]
+        readings = Counter(reading for reading in self.table["reading"].to_pylist() if reading)
+        read_as = [json.loads(reading) | {"files": count} for reading, count in sorted(readings.items())]
+        sources[place : place + 1] = [{**self.plan.source, "read_as": read_as[:MOST_READINGS]}]
         return sources
 
     def _all_files(self) -> pa.Table:
