@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 PLAIN_LINE_S = 5.0
 
@@ -42,12 +41,14 @@ def run(args: argparse.Namespace) -> int:
     from blues.config import write_atomic
     from blues.data.dedup.dedup_report import page
     from blues.data.dedup.minhash import Settings
+    from blues.data.reports.page import PAGE_SUFFIXES
+    from blues.data.storage.manifest import check_target
     from blues.errors import ConfigError
 
     if args.num_workers is not None and args.num_workers < 1:
         raise ConfigError(f"--num-workers must be at least 1, got {args.num_workers}")
-    if args.report and not Path(args.report).absolute().parent.is_dir():
-        raise ConfigError(f"--report: there is no folder {str(Path(args.report).parent)!r}; make it, or name another")
+    if args.report:
+        check_target(args.report, "--report", PAGE_SUFFIXES)
     settings = None if args.exact_only else Settings(args.threshold, args.ngram, args.permutations)
     screen = Screen()
     result = dedup(

@@ -21,7 +21,7 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DIR", help="a prepared or merged dataset; DIR@2 is version 2")
     parser.add_argument("--json", action="store_true", help="print what is shown as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="write the histogram of lengths as a picture (PNG)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the histogram of lengths (.png, .svg or .pdf)")
     parser.add_argument(
         "--split", metavar="NAME", help="train or validation (default: documents of both, windows of train)"
     )
@@ -54,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Options that contradict one another, or the data."""
-    from pathlib import Path
-
     from blues.config import nearest
+    from blues.data.storage.manifest import check_target
     from blues.data.storage.store import SPLITS
     from blues.errors import ConfigError
 
@@ -70,8 +69,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("sequence_length", "packing"):
         if getattr(args, name) is not None and args.window is None:
             raise ConfigError(f"--{name.replace('_', '-')} says how a sample is made; name one with --window INDEX")
-    if args.plot and not Path(args.plot).absolute().parent.is_dir():
-        raise ConfigError(f"--plot: there is no folder {str(Path(args.plot).parent)!r}; make it, or name another")
+    if args.plot:
+        from blues.data.reports.figures import FIGURE_SUFFIXES
+
+        check_target(args.plot, "--plot", FIGURE_SUFFIXES)
 
 
 def overview(args: argparse.Namespace) -> list[str]:

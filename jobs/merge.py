@@ -49,9 +49,10 @@ ONLY_WRITTEN = ("tokens", "seed", "keep_order", "shard_tokens", "compression", "
 
 def run(args: argparse.Namespace) -> int:
     if args.page:
-        from blues.data.reports.page import check_destination
+        from blues.data.reports.page import PAGE_SUFFIXES
+        from blues.data.storage.manifest import check_target
 
-        check_destination(args.page)  # before anything is written
+        check_target(args.page, "--page", PAGE_SUFFIXES)
     paths, weights, strategy = chosen(args)
     print(write_out(args, paths, weights, strategy) if args.materialize else plan(args, paths, weights, strategy))
     return check(args) if args.verify or args.page else 0

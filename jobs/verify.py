@@ -32,9 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from blues.data.reports.verify import verify
 
     if args.page:
-        from blues.data.reports.page import check_destination, write_page
+        from blues.data.reports.page import PAGE_SUFFIXES, write_page
+        from blues.data.storage.manifest import check_target
 
-        check_destination(args.page)
+        check_target(args.page, "--page", PAGE_SUFFIXES)
     line = Line()
     report = verify(*args.datasets, sample=args.sample, num_workers=args.num_workers, report=line.show)
     line.clear()

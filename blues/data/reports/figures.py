@@ -1,6 +1,7 @@
 """Figures of a dataset as pictures.
 
-In: what `blues.data.reports.inspection` found. Out: a PNG, written whole or not at all.
+In: what `blues.data.reports.inspection` found. Out: a PNG, SVG or PDF, as the name of the
+file says, written whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from blues.data.reports.inspection import Overview
 from blues.data.reports.visible import visible
 from blues.data.storage.store import SPLITS
 
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 DPI = 150
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e4e8ec"
 COLORS = {"train": "#2f6db3", "validation": "#d1571f"}
@@ -26,7 +28,8 @@ COLUMNS = 3
 
 def lengths_figure(found: Overview, output: str | Path) -> Path:
     """Share of the documents by length, in bins that double: a panel for each source, training and validation beside
-    each other."""
+    each
+    other. The name of the file ends in one of FIGURE_SUFFIXES."""
     columns = min(COLUMNS, len(found.sources))
     rows = math.ceil(len(found.sources) / columns)
     figure = Figure(figsize=(1.6 + 4.2 * columns, 0.9 + 2.9 * rows), dpi=DPI, layout="constrained")
@@ -55,9 +58,10 @@ def lengths_figure(found: Overview, output: str | Path) -> Path:
     figure.supxlabel("tokens of a document", fontsize=10, color=INK)
     figure.supylabel("% of the documents", fontsize=10, color=INK)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
+    output = Path(output)
+    figure.savefig(buffer, format=output.suffix[1:].lower(), facecolor="white")
     write_atomic(output, buffer.getvalue())
-    return Path(output)
+    return output
 
 
 def _short(number: int) -> str:

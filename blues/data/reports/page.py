@@ -19,27 +19,23 @@ from blues.data.reports import charts
 from blues.data.reports.charts import escape, prose
 from blues.data.reports.report import REMEDY, Report, Source, length_cells
 from blues.data.reports.statistics import Statistics
+from blues.data.storage.manifest import check_target
 from blues.data.storage.store import SPLITS, Issue
-from blues.errors import ConfigError
 
+PAGE_SUFFIXES = (".html", ".htm")
 MOST_ISSUES = 200
 MOST_REASONS = 8
 SHOWN_TOKENS = 14
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def check_destination(path: str | Path) -> None:
-    """Raise a ConfigError if no file can be written there, before the work is done."""
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"--page: {str(path)!r} is a folder; name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--page: there is no folder {str(path.parent)!r}; make it, or name another")
-
-
 def write_page(report: Report, path: str | Path) -> Path:
-    """Write the page, whole or not at all."""
-    check_destination(path)
+    """Write the page, whole or not at all.
+
+    Raises:
+        ConfigError: it is no place for a page; see `check_target`.
+    """
+    check_target(path, "--page", PAGE_SUFFIXES)
     write_atomic(path, render(report).encode("utf-8"))
     return Path(path)
 

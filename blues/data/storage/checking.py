@@ -9,7 +9,6 @@ for each; all the rest is arithmetic on that: segments, counts, and the fingerpr
 
 from __future__ import annotations
 
-import json
 import queue
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from blues.data.storage.manifest import (
     FORMAT,
     MANIFEST,
     encode_json,
+    parse_json,
     partial_directory,
     read_checked_json,
     require,
@@ -421,7 +421,7 @@ def _count_rejected(path: Path) -> dict[str, int]:
     counts: Counter[str] = Counter()
     with open(path, "rb") as file:
         for line in file:
-            row = json.loads(line)
+            row = parse_json(line)
             counts[row["reason"]] += row.get("rows", 1)
     return dict(counts)
 

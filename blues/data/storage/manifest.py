@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blues import config as cfg
-from blues.errors import DataError
+from blues.errors import ConfigError, DataError
 
 FORMAT = "blues-store"
 MIXTURE_FORMAT = "blues-mixture"
 MANIFEST = "manifest.json"
 MIXTURE = "mixture.json"
+NOT_REGULAR = "it is no regular file"
 
 
 def write_checked_json(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
@@ -36,11 +39,11 @@ def read_checked_json(directory: Path, name: str, kind: str, version: int) -> di
     """
     path = directory / name
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise DataError(_why_not_a_dataset(directory, name, error)) from None
     try:
-        tree = json.loads(content)
+        tree = parse_json(content)
         if not isinstance(tree, dict):
             raise ValueError("not a mapping")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -54,6 +57,30 @@ def read_checked_json(directory: Path, name: str, kind: str, version: int) -> di
     if checksum != _tree_checksum(tree):
         raise DataError(f"{str(path)!r} was changed after it was written; restore it or make the dataset again")
     return {**tree, "checksum": checksum}
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file, links followed.
+
+    Raises:
+        OSError: it cannot be read, or it is of a kind whose end may never come, such as a pipe.
+    """
+    if not is_regular(os.stat(path)):
+        raise OSError(0, NOT_REGULAR, str(path))
+    return path.read_bytes()
+
+
+def is_regular(found: os.stat_result) -> bool:
+    """Whether it is a file whose bytes lie on a disk: no folder, pipe, socket or device."""
+    return stat.S_ISREG(found.st_mode)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """`json.loads`, to which brackets in brackets without end are a ValueError like any other damage."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def require(tree: Any, shape: Any, where: str = "") -> None:
@@ -127,12 +154,34 @@ def is_dataset(directory: Path) -> bool:
     """Whether a folder is a prepared or merged dataset, going by the first words of its manifest."""
     for name, words in ((MANIFEST, FORMAT), (MIXTURE, MIXTURE_FORMAT)):
         try:
+            if not is_regular(os.stat(directory / name)):
+                continue
             with open(directory / name, "rb") as file:
                 if f'"format": "{words}"'.encode() in file.read(64):
                     return True
         except OSError:
             continue
     return False
+
+
+def check_target(path: str | Path, option: str, suffixes: Sequence[str]) -> None:
+    """Whether a report may be written at `path`, which `option` names: asked before anything is computed.
+
+    Raises:
+        ConfigError: it is a folder or in none, its name has none of the `suffixes`, or it lies in a dataset, none of
+            whose files is anything but what its manifest says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{option}: {str(path)!r} is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {str(path.parent)!r}; make it, or name another")
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option}: the name of {str(path)!r} has to end in {' or '.join(suffixes)}")
+    for place in (path.parent.resolve() / path.name, path.resolve()):  # a link is replaced, whatever it leads to
+        for folder in reversed(place.parents):  # not that of a version
+            if is_dataset(folder) or all((folder / name).is_dir() for name in ("versions", "chunks")):
+                raise ConfigError(f"{option}: {str(path)!r} lies in the dataset {str(folder)!r}; write it elsewhere")
 
 
 def _tree_checksum(tree: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from blues.data.storage.chunks import (
     numbers,
     read_checked,
 )
+from blues.data.storage.manifest import NOT_REGULAR, is_regular
 from blues.data.storage.store import Issue
 from blues.errors import DataError
 
@@ -248,9 +249,12 @@ def _parse(content: bytes) -> Contents:
 def wrong_size(path: Path, record: FileRecord) -> list[Issue]:
     """Whether a file is there and as long as it has to be."""
     try:
-        size = (path / record.file).stat().st_size
+        found = (path / record.file).stat()
     except (OSError, ValueError) as error:
         return [Issue(record.file, f"cannot be read ({reason_of(error)})")]
+    if not is_regular(found):
+        return [Issue(record.file, f"cannot be read ({NOT_REGULAR})")]
+    size = found.st_size
     if size != record.bytes:
         return [Issue(record.file, f"holds {size:,} bytes where the manifest says {record.bytes:,}")]
     return []

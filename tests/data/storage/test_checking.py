@@ -4,6 +4,7 @@ lies there is named."""
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def test_a_damaged_file_of_any_version_is_named_alone(path, name):
     (path / name).write_bytes(content[:-2] if content else b"x")
     [(where, _)] = check(path)
     assert where == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("manifest.json", FIRST, "versions/00001/quarantine.jsonl", "versions/00002/segments.parquet"),
+        *("chunks/train-00001-00002.documents.parquet", "chunks/train-00001-00002.tokens"),
+    ],
+)
+def test_a_pipe_in_place_of_a_file_is_damage_and_is_not_waited_for(path, name):
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    found = check(path)
+    assert {where for where, _ in found} == {name} and "it is no regular file" in found[0][1]
 
 
 def test_damage_beside_damaged_segments_is_found_too(path):
