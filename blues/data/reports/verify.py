@@ -23,7 +23,14 @@ import xxhash
 from blues.data.merging.merge import open_dataset, plain_path, read_mixture
 from blues.data.reports.report import Report, Source, Version
 from blues.data.reports.statistics import Overlap, Statistics, describe, overlap
-from blues.data.storage.checking import REWRITTEN, Examination, check_dataset, documents_of, unknown_files
+from blues.data.storage.checking import (
+    REWRITTEN,
+    Examination,
+    check_dataset,
+    documents_of,
+    outside_links,
+    unknown_files,
+)
 from blues.data.storage.chunks import TOKEN_TYPE
 from blues.data.storage.manifest import MANIFEST, MIXTURE, encode_json
 from blues.data.storage.store import SPLITS, Issue, Store, StoredDocument, split_version
@@ -167,12 +174,14 @@ def _check_part(
         found.issues.append(_why_not_there(part, history.versions))
     if not any(issue.where.endswith(MANIFEST) for issue in issues):
         issues += _leftovers(part.folder, history.versions)
+    issues += _outside(part.folder, history.versions)
     retokenized = 0
     if store is not None and not any(issue.kind == "error" for issue in issues):
         again, retokenized = _tokenize_again(store, sample, examination)
         issues += again
     found.issues += [Issue(str(part.folder / issue.where), issue.what, issue.kind) for issue in issues]
-    found.issues += _wrong_mixture(part, store)
+    if examination.ordered:  # else it is not known what the version holds
+        found.issues += _wrong_mixture(part, store)
     if store is None or any(issue.kind == "error" for issue in issues):
         return  # statistics of damaged files would mislead
     found.retokenized += retokenized
@@ -199,6 +208,15 @@ def _leftovers(folder: Path, versions: Sequence[Store]) -> list[Issue]:
         return []
     more = f" (and {len(unknown) - 1:,} more)" if len(unknown) > 1 else ""
     return [Issue(unknown[0], f"belongs to no version of the dataset{more}; nothing reads it", "warning")]
+
+
+def _outside(folder: Path, versions: Sequence[Store]) -> list[Issue]:
+    links = outside_links(folder, versions)
+    if not links:
+        return []
+    more = f" (and {len(links) - 1:,} more)" if len(links) > 1 else ""
+    what = f"is a link out of the dataset{more}: a copy of the folder lacks what it leads to, and others may change it"
+    return [Issue(links[0], what, "warning")]
 
 
 def _wrong_mixture(part: _Part, store: Store | None) -> list[Issue]:

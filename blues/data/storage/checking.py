@@ -9,7 +9,9 @@ for each; all the rest is arithmetic on that: segments, counts, and the fingerpr
 
 from __future__ import annotations
 
+import os
 import queue
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from blues.data.storage.chunks import ChunkRecord, FileRecord, file_checksum
+from blues.data.storage.chunks import CHUNKS, ChunkRecord, FileRecord, file_checksum
 from blues.data.storage.manifest import (
     FORMAT,
     MANIFEST,
@@ -44,6 +46,7 @@ from blues.errors import DataError
 
 REWRITTEN = "it says what it said, but its bytes are not those that were written"
 REPORT_S = 0.2
+_CHUNK_NAME = re.compile(rf"(?:{'|'.join(SPLITS)})-(\d{{5,9}})-\d+\.")
 Report = Callable[[int, int], None]
 """Told how many bytes of how many were read."""
 
@@ -53,11 +56,12 @@ class Examination:
     """What was found in some versions of a dataset.
 
     contents: by chunk, of those whose index can be used. described: the version that was asked for, None where it
-    cannot be read; counts_V: by split, how often each of the V ids occurs in it.
+    cannot be read; ordered: whether its segments can; counts_V: by split, how often each of the V ids occurs in it.
     """
 
     issues: list[Issue]
     described: Store | None = None
+    ordered: bool = True
     contents: dict[ChunkRecord, Contents] = field(default_factory=dict)
     counts_V: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -105,6 +109,7 @@ def check_stores(
         num_workers: threads that read chunks.
     """
     found = _scan(stores, counted, num_workers, report)
+    found.ordered = counted is None or counted.version not in unordered
     damaged = {issue.where for issue in found.issues}
     for record in dict.fromkeys(record for store in stores for record in _small_files(store)):
         found.issues += check_file(stores[0].path, record)
@@ -158,7 +163,7 @@ def read_history(path: Path) -> History:
     issues: list[Issue] = []
     top = _read_manifest(path, MANIFEST, issues)
     trees = {number: _read_manifest(path, manifest_name(number), issues, number) for number in _numbers(path, top)}
-    issues += _wrong_parents(trees)
+    issues += [*_wrong_parents(trees), *_lost_versions(path, max(trees, default=0))]
     if top is not None:
         issues += _wrong_copies(path, top, trees)
         if trees.get(top["version"]) is None:
@@ -192,6 +197,14 @@ def unknown_files(path: Path, versions: Sequence[Store]) -> list[str]:
     known |= {record.file for store in versions for record in store.files()}
     present = (entry.relative_to(path).as_posix() for entry in path.rglob("*") if not entry.is_dir())
     return sorted(name for name in present if name not in known)
+
+
+def outside_links(path: Path, versions: Sequence[Store]) -> list[str]:
+    """Files of these versions that links lead out of the folder of the dataset, sorted."""
+    root = os.path.join(os.path.realpath(path), "")
+    known = {MANIFEST} | {manifest_name(store.version) for store in versions}
+    known |= {record.file for store in versions for record in store.files()}
+    return sorted(name for name in known if not os.path.realpath(path / name).startswith(root))
 
 
 def manifest_name(version: int) -> str:
@@ -341,14 +354,35 @@ def _wrong_parents(trees: Mapping[int, Mapping[str, Any] | None]) -> Iterator[Is
             yield Issue(manifest_name(number - 1), f"it is not the version that version {number} was made from")
 
 
+def _lost_versions(path: Path, newest: int) -> Iterator[Issue]:
+    """Versions after the newest one that is known, of which chunks tell: those carry the number of theirs."""
+    if _was_stopped(path):  # its chunks come before its version does
+        return
+    chunks: dict[int, str] = {}
+    for name in sorted(entry.name for entry in (path / CHUNKS).glob("*")):
+        found = _CHUNK_NAME.match(name)
+        if found is not None and int(found[1]) > newest:
+            chunks.setdefault(int(found[1]), name)
+    for number, name in sorted(chunks.items()):
+        what = (
+            f"version {number} is gone: {CHUNKS}/{name} came with it; restore {version_folder(number)} and {MANIFEST}"
+        )
+        yield Issue(manifest_name(number), what)
+
+
+def _was_stopped(path: Path) -> bool:
+    """Whether a command that wrote at a dataset was stopped, or is at it still."""
+    partial = partial_directory(path)
+    return partial.exists() or partial.with_suffix(".lock").exists()
+
+
 def _wrong_copies(path: Path, top: Mapping[str, Any], trees: Mapping[int, Mapping[str, Any] | None]) -> Iterator[Issue]:
     """Whether the manifest at the top is that of the newest version."""
     newest, own = max(trees), trees.get(top["version"])
     if not (path / version_folder(top["version"])).is_dir():
         yield Issue(MANIFEST, f"it is that of version {top['version']}, which is not there")
     if top["version"] < newest:
-        partial = partial_directory(path)
-        stopped = partial.exists() or partial.with_suffix(".lock").exists()
+        stopped = _was_stopped(path)
         what = f"it is that of version {top['version']}, while {manifest_name(newest)} is there: " + (
             "the command that made it was stopped; run it again" if stopped else "an old copy took its place"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blues.data.merging.merge import merge
 from blues.data.reports.verify import verify
 from blues.data.storage import checking
 from blues.data.storage.chunks import RawReader
@@ -154,6 +155,49 @@ def test_a_missing_version_is_an_issue(path):
     assert {where for where, _ in check(path)} == {FIRST, MANIFEST}
 
 
+def test_a_version_of_which_only_chunks_are_left_is_an_issue_unless_a_command_was_stopped(path):
+    for suffix in ("tokens", "documents.parquet"):
+        (path / "chunks" / f"train-00003-00000.{suffix}").write_bytes(b"of an update")
+    [(where, what)] = check(path)
+    assert where == f"versions/00003/{MANIFEST}" and "version 3 is gone: chunks/train-00003-00000.documents" in what
+    assert not verify(path).good
+    partial_directory(path).mkdir()
+    assert check(path) == []
+    [warning] = verify(path).warnings
+    assert "belongs to no version of the dataset (and 1 more)" in warning.what
+
+
+def test_links_that_leave_the_dataset_are_a_warning(path, tmp_path):
+    (tmp_path / "link").symlink_to(path)
+    assert verify(tmp_path / "link").warnings == ()
+    inner = path / "chunks" / "train-00001-00000.tokens"
+    inner.rename(path / "chunks" / "inner")
+    inner.symlink_to("inner")
+    assert checking.outside_links(path, checking.read_history(path).versions) == []
+    (path / "chunks" / "inner").rename(tmp_path / "outer")
+    inner.unlink()
+    inner.symlink_to(tmp_path / "outer")
+    report = verify(path)
+    [warning] = report.warnings
+    assert report.good and warning.where == str(inner) and "is a link out of the dataset:" in warning.what
+    (path / "versions").rename(tmp_path / "elsewhere")
+    (path / "versions").symlink_to(tmp_path / "elsewhere")
+    [warning] = verify(path).warnings
+    assert "is a link out of the dataset (and " in warning.what
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_lost_segments_accuse_neither_a_manifest_nor_a_mixture(path, tmp_path, content):
+    merge([path], tmp_path / "mix", strategy="equal")
+    segments = path / "versions/00002/segments.parquet"
+    segments.unlink()
+    if content is not None:
+        segments.write_bytes(content)
+    for dataset in (path, tmp_path / "mix"):
+        [issue] = verify(dataset).issues
+        assert issue.where == str(segments)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -205,10 +249,10 @@ def test_segments_that_contradict_the_indexes_are_named(path, monkeypatch):
 
 
 def test_files_of_no_version_are_listed_and_are_warnings(path):
-    (path / "chunks" / "train-00003-00000.tokens").write_bytes(b"left by a command that was killed")
+    (path / "chunks" / "train-00002-00000.tokens").write_bytes(b"left by a command that was killed")
     (path / "notes.txt").write_text("mine")
     history = checking.read_history(path)
-    assert checking.unknown_files(path, history.versions) == ["chunks/train-00003-00000.tokens", "notes.txt"]
+    assert checking.unknown_files(path, history.versions) == ["chunks/train-00002-00000.tokens", "notes.txt"]
     report = verify(path)
     [warning] = report.warnings
     assert report.good and "belongs to no version of the dataset (and 1 more)" in warning.what
