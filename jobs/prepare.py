@@ -2,9 +2,13 @@
 
 Reads CSV, TSV, JSON Lines (also .gz and .zst), Parquet, plain text and source code: from this machine, from any URL
 that fsspec reads (https, s3, gs, zip, ...), or from a commit of a git repository, of which nothing is checked out. Rows
-that cannot be used are not lost: they are listed with file, row and reason in quarantine.jsonl. The same command again
-goes on after an interruption, and does nothing when the dataset is there. When files have changed, or a repository has
-moved to another commit, --update reads just what is new.
+that cannot be used are not lost: they are listed with file, row and reason in quarantine.jsonl.
+
+Rows of tables and files of source code stay whole, up to --max-document-mb; text files above 256 KiB are cut at empty
+lines into documents of about that size, named file:number.
+
+The same command again goes on after an interruption, and does nothing when the dataset is there. When files have
+changed, or a repository has moved to another commit, --update reads just what is new.
 
 examples:
   blues prepare --dataset notes.csv --data-cache-dir data/notes
@@ -43,6 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoding", default="utf-8", metavar="NAME", help="of files without a byte order mark (default: utf-8)"
     )
+    parser.add_argument(
+        "--delimiter", metavar="CHAR", help="what separates the cells of CSV (default: a comma; a tab in .tsv)"
+    )
+    parser.add_argument(
+        "--max-document-mb",
+        type=int,
+        default=128,
+        metavar="N",
+        help="reject rows, and files of source code, above N MiB (default: 128); a process takes several times N",
+    )
     parser.add_argument("--format", metavar="KIND", help="csv, jsonl, parquet, text or source, if the name lies")
     parser.add_argument(
         "--vocab-size", type=int, metavar="N", help="keep the first N ids of o200k_base (default: all; tiny uses 4096)"
@@ -75,14 +89,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.num_workers is not None and args.num_workers < 1:
         raise ConfigError(f"--num-workers must be at least 1, got {args.num_workers}")
+    if args.max_document_mb < 1:
+        raise ConfigError(f"--max-document-mb must be at least 1, got {args.max_document_mb}")
     tokenizer = Tokenizer.Config(vocab_size=args.vocab_size)
     planned = plan(
-        args.dataset or args.input_dir,
+        args.input_dir if args.dataset is None else args.dataset,
         text_column=args.text_column,
         id_column=args.id_column,
         metadata_columns=args.metadata_columns,
         kind=args.format,
         encoding=args.encoding,
+        delimiter=args.delimiter,
+        max_document_bytes=args.max_document_mb << 20,
         commit=args.commit,
         report=lambda sentence: print(sentence, file=sys.stderr),
     )
@@ -166,9 +184,7 @@ def summary(prepared, planned) -> list[str]:
         read, kept, removed = (operation[f"files_{what}"] for what in ("read", "kept", "removed"))
         lines.append(f"  version {store.version}: {read:,} files read, {kept:,} unchanged, {removed:,} gone")
         if operation["all_again"]:
-            lines.append(
-                "  all of them again: of so few documents, which is held out changes with the others"
-            )
+            lines.append("  all of them again: of so few documents, which is held out changes with the others")
     before = f", {state.resumed:,} of {state.tasks:,} parts from an earlier start" if state.resumed else ""
     backends = " and ".join(sorted(prepared.tokenizers))
     checked = f" ({prepared.rechecked:,} documents checked with tiktoken)" if prepared.rechecked else ""

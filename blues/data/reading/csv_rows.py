@@ -11,8 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from blues.data.reading import streams
-from blues.data.reading.streams import UTF8_MARK, Lines, LineTooLong
+from blues.data.reading.streams import MAX_DOCUMENT_BYTES, UTF8_MARK, Lines, LineTooLong, longer_than
+
+TOO_LONG = b"\n\n"
+"""Stands for a line that is longer than a row may be; no line has two ends."""
+
+
+class RowTooLong(csv.Error):
+    """A row longer than a document may be, or what a quote that is never closed makes of the lines behind it."""
 
 
 class CsvRows:
@@ -20,13 +26,14 @@ class CsvRows:
 
     `position` is the byte behind the last row, so that a new `CsvRows` started there goes on with the next one. Bytes
     that are not UTF-8 come through as surrogates, for `clean_text` to find. A bad row, such as one with a quote that is
-    never closed, costs the line it began on: reading goes on at the next line.
+    never closed, costs the line it began on: reading goes on at the next line. So does one
+    of more than `limit` bytes.
     """
 
-    def __init__(self, stream: BinaryIO, delimiter: str, start: int = 0) -> None:
-        csv.field_size_limit(streams.MAX_DOCUMENT_BYTES)
-        self.position, self._delimiter = start, delimiter
-        self._lines = _numbered(Lines(stream, start))
+    def __init__(self, stream: BinaryIO, delimiter: str, start: int = 0, limit: int = MAX_DOCUMENT_BYTES) -> None:
+        csv.field_size_limit(max(csv.field_size_limit(), limit + 1))  # of the process; `_feed` keeps to our own
+        self.position, self._delimiter, self._limit = start, delimiter, limit
+        self._lines = _numbered(Lines(stream, start, limit))
         self._held = _HeldLines()
         # Of the row that is being read: whether it has begun, where its first line and its last line so far end in the
         # file, and where its second line is held.
@@ -57,7 +64,7 @@ class CsvRows:
         return csv.reader(self._feed(), delimiter=self._delimiter, strict=True)
 
     def _feed(self) -> Iterator[str]:
-        held = self._held
+        held, size = self._held, 0
         while True:
             fresh = held.next == held.count
             taken = next(self._lines, None) if fresh else held.take()
@@ -66,8 +73,12 @@ class CsvRows:
             line, self._last_end = taken
             if not self._begun:
                 self._begun, self._first_end, self._second = True, self._last_end, held.next
+                size = 0
             elif fresh:
                 held.add(line, self._last_end)
+            size += len(line)
+            if line == TOO_LONG or size > self._limit:
+                raise RowTooLong(f"{longer_than(self._limit)}, or close a quote that is open")
             yield line.decode("utf-8", "surrogateescape")
 
 
@@ -108,14 +119,14 @@ class _HeldLines:
 
 
 def _numbered(lines: Lines) -> Iterator[tuple[bytes, int]]:
-    """Each line and the byte behind it; an over-long one is replaced by one that no CSV row can hold."""
+    """Each line and the byte behind it; TOO_LONG in the place of an over-long one."""
     while True:
         try:
             line = next(lines)
         except StopIteration:
             return
         except LineTooLong:
-            line = b'"too long"x\n'  # an error in strict CSV, inside and outside of a quoted cell
+            line = TOO_LONG
         yield line.removeprefix(UTF8_MARK) if lines.position == len(line) else line, lines.position
 
 

@@ -15,13 +15,13 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow.parquet as pq
 
-from blues.data.reading import streams
-from blues.data.reading.csv_rows import CsvRows, csv_delimiter
+from blues.data.reading.csv_rows import CsvRows
 from blues.data.reading.places import Place
 from blues.data.reading.readers import Part, text_pieces
 from blues.data.reading.streams import (
     BLOCK_BYTES,
     DAMAGES,
+    MAX_DOCUMENT_BYTES,
     UTF8,
     UTF8_MARK,
     compression_of,
@@ -72,7 +72,7 @@ def _cut_csv(place: Place, whole: Part, part_bytes: int) -> Iterator[Part]:
     """Parts that end between two rows. The whole file is read for its quotes."""
     size, start, first, row = whole.entry.size, 0, 1, 0  # row: the number of the first of `ends`, the header being 0
     with place.open(whole.entry) as stream:
-        for ends in csv_row_ends(stream, csv_delimiter(whole.file), size):
+        for ends in csv_row_ends(stream, whole.delimiter, size, whole.max_document_bytes):
             while True:
                 at = max(int(np.searchsorted(ends, start + part_bytes)), 1 - row)
                 if at >= len(ends) or ends[at] >= size:
@@ -83,7 +83,7 @@ def _cut_csv(place: Place, whole: Part, part_bytes: int) -> Iterator[Part]:
     yield _piece(whole, start, size, first)
 
 
-def csv_row_ends(stream: BinaryIO, delimiter: str, size: int) -> Iterator[np.ndarray]:
+def csv_row_ends(stream: BinaryIO, delimiter: str, size: int, limit: int = MAX_DOCUMENT_BYTES) -> Iterator[np.ndarray]:
     """Where each row ends that `CsvRows` would give, in bytes from the beginning, some rows at a time.
 
     As long as every quote stands where the rules of CSV allow one, it is enough to count quotes; from the first row on
@@ -92,25 +92,29 @@ def csv_row_ends(stream: BinaryIO, delimiter: str, size: int) -> Iterator[np.nda
     base = 0
     while base < size:
         stream.seek(base)
-        ends = _ends_of_regular_rows(stream, delimiter, size - base, first=base == 0)
+        ends = _ends_of_regular_rows(stream, delimiter, size - base, limit, first=base == 0)
         if ends is None:
-            yield from csv_row_ends_by_reading(stream, delimiter, base)
+            yield from csv_row_ends_by_reading(stream, delimiter, base, limit)
             return
         behind, kept = ends
         yield base + kept
         base += behind
 
 
-def csv_row_ends_by_reading(stream: BinaryIO, delimiter: str, start: int = 0) -> Iterator[np.ndarray]:
+def csv_row_ends_by_reading(
+    stream: BinaryIO, delimiter: str, start: int = 0, limit: int = MAX_DOCUMENT_BYTES
+) -> Iterator[np.ndarray]:
     """The same by reading rows one by one from `start` on, the end of a row."""
     stream.seek(0)
-    rows = CsvRows(stream, delimiter, start)
+    rows = CsvRows(stream, delimiter, start, limit)
     positions = (rows.position for _ in rows)
     while found := list(itertools.islice(positions, 4096)):
         yield np.array(found, np.int64)
 
 
-def _ends_of_regular_rows(stream: BinaryIO, delimiter: str, left: int, first: bool) -> tuple[int, np.ndarray] | None:
+def _ends_of_regular_rows(
+    stream: BinaryIO, delimiter: str, left: int, limit: int, first: bool
+) -> tuple[int, np.ndarray] | None:
     """From the beginning of a row on: how many bytes of whole rows there are in the next window, and where those that
     are not empty end. None if a row is irregular, or longer than a document may be."""
     window = b""
@@ -124,13 +128,13 @@ def _ends_of_regular_rows(stream: BinaryIO, delimiter: str, left: int, first: bo
         ends = lines[np.searchsorted(quotes, lines) % 2 == 0] + 1  # an even number of quotes before it: outside of them
         if len(ends) or ended:
             break
-        if len(window) > streams.MAX_DOCUMENT_BYTES:
+        if len(window) > limit:
             return None
     if not len(ends) or (ended and len(quotes) % 2):
         return None
     behind = int(ends[-1])
     starts = np.concatenate([[0], ends[:-1]])
-    if (ends - starts).max() > streams.MAX_DOCUMENT_BYTES:
+    if (ends - starts).max() > limit:
         return None
     text, quotes = text[:behind], quotes[: np.searchsorted(quotes, behind)]
     if not _regular(text, quotes, ord(delimiter)):

@@ -44,6 +44,8 @@ def locate(path: str | Path, commit: str | None, choose: Choose, ignored: Counte
         DataError: nothing is there, it is a dataset of Blues, or it cannot be listed.
     """
     text = os.fspath(path)
+    if not text:
+        raise DataError("no file, folder or URL was named: the path is empty; check --dataset or --input-dir")
     if text.startswith("git+"):
         return _repository(git.of_url(text, commit, report), text, choose, ignored)
     if URL.match(text) and not text.startswith("file://") and not os.path.exists(text):

@@ -4,7 +4,7 @@ In: a `Part` (a file, or a piece of one that starts and ends between two rows) a
 row a `Document`, or a `Rejected` that says which row it was and why; nothing is dropped in silence and no row stops the
 rest. Reading a file in parts gives exactly what reading it whole gives.
 
-Memory: one row, or one Parquet batch, at a time. Rows longer than MAX_DOCUMENT_BYTES are rejected.
+Memory: one row, or one Parquet batch, at a time. Rows longer than the part's `max_document_bytes` are rejected.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blues.data.reading import streams
-from blues.data.reading.csv_rows import CsvRows, csv_delimiter, csv_header
+from blues.data.reading.csv_rows import CsvRows, RowTooLong, csv_header
 from blues.data.reading.metadata import Unusable, column_values, jsonable
 from blues.data.reading.places import Entry, Place
 from blues.data.reading.streams import (
     DAMAGES,
+    MAX_DOCUMENT_BYTES,
     UTF8,
     UTF8_MARK,
     DamagedStream,
@@ -32,6 +32,7 @@ from blues.data.reading.streams import (
     cookie,
     damage,
     decode,
+    longer_than,
     marked,
     open_bytes,
     open_random,
@@ -43,6 +44,7 @@ WHOLE = 1 << 62
 """The end of a part that goes on to the end of its file, however long that is once it is decompressed and decoded."""
 TEXT_DOCUMENT_BYTES = 256 << 10  # a longer text file is cut into documents of about this size
 PARQUET_BATCH_ROWS = 256
+PARQUET_BATCH_BYTES = 16 << 20
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 LFS_REASON = "git LFS pointer"
 LFS_DETAIL = "the content is not here; get it with `git lfs pull`"
@@ -74,7 +76,8 @@ class Rejected:
 @dataclass(frozen=True)
 class Part:
     """A piece of a file, and how it is read. `start`, `stop`: bytes, or row groups of a Parquet file; `row`: the first
-    row's number. `encoding`: what a file without a byte order mark is in."""
+    row's number. `encoding`: what a file without a byte order mark is in; `delimiter`: of CSV; `max_document_bytes`:
+    of a row, or of a file of source code."""
 
     entry: Entry
     kind: str  # "csv", "jsonl", "parquet", "text" or "source"
@@ -87,6 +90,8 @@ class Part:
     metadata_columns: tuple[str, ...] = ()
     encoding: str = UTF8
     language: str | None = None
+    delimiter: str = ""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     @property
     def file(self) -> str:
@@ -119,10 +124,10 @@ def read_part(place: Place, part: Part) -> Iterator[Record]:
 
 
 def _read_csv(place: Place, part: Part) -> Iterator[Record]:
-    delimiter = csv_delimiter(part.file)
+    limit = part.max_document_bytes
     stream, encoding = open_stream(place, part.entry, part.encoding)
     with stream:
-        header = csv_header(iter(CsvRows(stream, delimiter)))
+        header = csv_header(iter(CsvRows(stream, part.delimiter, limit=limit)))
     if header is None:
         raise DataError(f"{place.where(part.file)} has no header row")
     text_at = header.index(part.text_column or "")
@@ -130,7 +135,7 @@ def _read_csv(place: Place, part: Part) -> Iterator[Record]:
     metadata_at = [header.index(column) for column in part.metadata_columns]
     stream, _ = open_stream(place, part.entry, part.encoding)
     with stream:
-        rows = CsvRows(stream, delimiter, part.start if part.row > 1 else 0)
+        rows = CsvRows(stream, part.delimiter, part.start if part.row > 1 else 0, limit)
         row = part.row - 1
         cells: Iterator[list[str] | Exception] = iter(rows)
         if part.row == 1:
@@ -145,7 +150,8 @@ def _read_csv(place: Place, part: Part) -> Iterator[Record]:
                 yield _damaged_compression(part, row, error)
                 return
             if isinstance(value, Exception):
-                yield Rejected(part.file, row, "malformed CSV", str(value))
+                reason = "row too long" if isinstance(value, RowTooLong) else "malformed CSV"
+                yield Rejected(part.file, row, reason, str(value))
             elif len(value) != len(header):
                 yield Rejected(part.file, row, "wrong number of fields", f"{len(value)}, the header has {len(header)}")
             else:
@@ -156,7 +162,7 @@ def _read_csv(place: Place, part: Part) -> Iterator[Record]:
 def _read_jsonl(place: Place, part: Part) -> Iterator[Record]:
     stream, encoding = open_stream(place, part.entry, part.encoding)
     with stream:
-        lines = Lines(stream, part.start)
+        lines = Lines(stream, part.start, part.max_document_bytes)
         row = part.row - 1
         while lines.position < part.stop:
             row += 1
@@ -187,7 +193,7 @@ def _json_row(part: Part, row: int, line: bytes, encoding: str) -> Record:
     except (ValueError, RecursionError) as error:
         return Rejected(part.file, row, "invalid JSON", str(error))
     if not isinstance(value, dict):
-        return Rejected(part.file, row, "not a JSON object", f"a {type(value).__name__}")
+        return Rejected(part.file, row, "not a JSON object", _called(value))
     for column in (part.text_column, part.id_column):
         if column is not None and column not in value:
             return Rejected(part.file, row, f"no column {column!r}", f"it has {', '.join(map(repr, value))}"[:200])
@@ -203,7 +209,7 @@ def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
         for group in range(part.start, min(part.stop, file.num_row_groups)):
             of_group = file.metadata.row_group(group)
             end = row + of_group.num_rows
-            fitting = streams.MAX_DOCUMENT_BYTES * of_group.num_rows // max(1, of_group.total_byte_size)
+            fitting = PARQUET_BATCH_BYTES * of_group.num_rows // max(1, of_group.total_byte_size)
             rows = max(1, min(PARQUET_BATCH_ROWS, fitting))  # long texts come in small batches
             try:
                 for batch in file.iter_batches(rows, row_groups=[group], columns=columns):
@@ -233,7 +239,7 @@ def _text_values(column: pa.Array) -> list[bytes | None]:
 
 def _read_source(place: Place, part: Part) -> Iterator[Record]:
     """One document: the file. Python source may name its encoding in its first lines (PEP 263)."""
-    limit, encoding = streams.MAX_DOCUMENT_BYTES, part.encoding
+    limit, encoding = part.max_document_bytes, part.encoding
     size = part.entry.size
     try:
         content = b""
@@ -253,7 +259,7 @@ def _read_source(place: Place, part: Part) -> Iterator[Record]:
         yield Rejected(part.file, None, "unknown encoding", f"its first lines name {named!r}")
     else:
         if size > limit:
-            yield Rejected(part.file, None, "file too large", f"{size:,} bytes of source in one document")
+            yield Rejected(part.file, None, "file too large", f"{size:,} bytes of source are {longer_than(limit)}")
         else:
             yield _whole_file(part, content, encoding)
 
@@ -275,7 +281,7 @@ def _read_text(place: Place, part: Part) -> Iterator[Record]:
             row = part.row
             for content in text_pieces(stream, part.start, part.stop, held):
                 content = content.removeprefix(UTF8_MARK) if row == 1 else content
-                yield clean_text(content, part.file, row, f"{part.file}:{row}", _about(part), encoding)
+                yield clean_text(part, row, content, f"{part.file}:{row}", _about(part), encoding)
                 row += 1
         except DamagedStream as error:
             yield _damaged_compression(part, row, error)
@@ -284,7 +290,7 @@ def _read_text(place: Place, part: Part) -> Iterator[Record]:
 def _whole_file(part: Part, content: bytes, encoding: str) -> Record:
     if is_lfs_pointer(content):
         return Rejected(part.file, None, LFS_REASON, LFS_DETAIL)
-    return clean_text(content.removeprefix(UTF8_MARK), part.file, None, part.file, _about(part), encoding)
+    return clean_text(part, None, content.removeprefix(UTF8_MARK), part.file, _about(part), encoding)
 
 
 def _about(part: Part) -> dict[str, Any]:
@@ -327,7 +333,7 @@ def _table_row(part: Part, row: int, text: Any, id: Any, values: Sequence[Any], 
     if text is None:
         return Rejected(part.file, row, "no text", f"column {part.text_column!r} is null")
     if not isinstance(text, (str, bytes)):
-        return Rejected(part.file, row, "not text", f"column {part.text_column!r} holds a {type(text).__name__}")
+        return Rejected(part.file, row, "not text", f"column {part.text_column!r} holds {_called(text)}")
     if part.id_column is None:
         id = f"{part.file}:{row}"
     elif id is None or id == "" or isinstance(id, (dict, list, Unusable)):
@@ -340,11 +346,17 @@ def _table_row(part: Part, row: int, text: Any, id: Any, values: Sequence[Any], 
             metadata[column] = jsonable(value)
         except Unusable as error:
             return Rejected(part.file, row, "unusable metadata", f"column {column!r}: {error}")
-    return clean_text(text, part.file, row, str(id), metadata, encoding)
+    return clean_text(part, row, text, str(id), metadata, encoding)
+
+
+def _called(value: Any) -> str:
+    """What a value of JSON is, with its article."""
+    name = type(value).__name__
+    return "null" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def clean_text(
-    text: str | bytes, file: str, row: int | None, id: str, metadata: dict[str, Any], encoding: str = UTF8
+    part: Part, row: int | None, text: str | bytes, id: str, metadata: dict[str, Any], encoding: str
 ) -> Record:
     """The document, unless its text is empty, could not be decoded, holds a NUL (binary or damaged), or is too long."""
     try:
@@ -354,14 +366,17 @@ def clean_text(
         if not id.isascii():
             id.encode("utf-8")
     except UnicodeError as error:
-        return Rejected(file, row, *_undecodable(encoding, getattr(error, "start", 0), ""))
-    if size > streams.MAX_DOCUMENT_BYTES:
-        return Rejected(file, row, "row too long", f"longer than {streams.MAX_DOCUMENT_BYTES >> 20} MiB")
+        position = getattr(error, "start", 0)
+        if part.kind == "jsonl":  # its line was valid, so an escape wrote it
+            return Rejected(part.file, row, "lone surrogate", f"at position {position}: half of a pair of \\u escapes")
+        return Rejected(part.file, row, *_undecodable(encoding, position, ""))
+    if size > part.max_document_bytes:
+        return Rejected(part.file, row, "row too long", longer_than(part.max_document_bytes))
     if "\0" in text:
-        return Rejected(file, row, "NUL byte", f"at position {text.index(chr(0))}: binary or damaged")
+        return Rejected(part.file, row, "NUL byte", f"at position {text.index(chr(0))}: binary or damaged")
     if not text or text.isspace():
-        return Rejected(file, row, "empty")
-    return Document(text, id, file, metadata)
+        return Rejected(part.file, row, "empty")
+    return Document(text, id, part.file, metadata)
 
 
 def _undecodable(encoding: str, position: int, of: str) -> tuple[str, str]:

@@ -5,26 +5,25 @@ Out: a `Plan` of `Part`s that `readers.py` turns into documents. The plan depend
 the files alone: not on where they lie, on their times, or on how many processes will read them.
 
     places.py, remote.py, git.py    list and open files
+    columns.py                      which columns of a table are read
     cutting.py                      large files in parts
     readers.py, streams.py          parts to rows to documents
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from blues.config import nearest
-from blues.data.reading.csv_rows import CsvRows, csv_delimiter, csv_header
+from blues.data.reading.columns import Wanted, delimiter_of, with_columns
+from blues.data.reading.csv_rows import csv_delimiter
 from blues.data.reading.cutting import cut
 from blues.data.reading.locate import Located, locate
 from blues.data.reading.places import Entry, Place
@@ -38,16 +37,9 @@ from blues.data.reading.readers import (
 )
 from blues.data.reading.streams import (
     COMPRESSIONS,
-    DAMAGES,
-    UTF8,
-    DamagedStream,
-    Lines,
-    LineTooLong,
+    MAX_DOCUMENT_BYTES,
     codec,
     compression_of,
-    damage,
-    open_random,
-    open_stream,
 )
 from blues.errors import DataError
 
@@ -55,16 +47,8 @@ PART_BYTES = 4 << 20
 """Files are cut into parts of about this size."""
 MAX_TASKS = 1 << 14
 """Tasks grow beyond PART_BYTES where a corpus would need more of them than this."""
-COLUMN_SAMPLE = 100
-"""JSON objects looked at to learn which columns there are."""
-LONG_SAMPLE = 10_000
-"""The same, while a column that was named has not been seen."""
 MOST_IGNORED = 100
 """Kinds of files passed over that are told apart; the rest is one sum."""
-MOST_LISTED = 40
-"""Columns named in a message."""
-TEXT_COLUMNS = ("text", "content", "code")
-"""Columns that are taken for the text where none is named, first found first."""
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 TEXTS = {".txt": None, ".md": "markdown", ".rst": "restructuredtext", ".tex": "tex"}
@@ -159,24 +143,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the person asked for: columns of tables, the kind of all files, their encoding."""
-
-    text_column: str | None = None
-    id_column: str | None = None
-    metadata_columns: tuple[str, ...] = ()
-    kind: str | None = None
-    encoding: str = "utf-8"
-
-    @property
-    def named(self) -> list[tuple[str, str]]:
-        """The columns with the flags that named them."""
-        single = (("--text-column", self.text_column), ("--id-column", self.id_column))
-        several = (("--metadata-columns", column) for column in self.metadata_columns)
-        return [(flag, column) for flag, column in (*single, *several) if column is not None]
-
-
-@dataclass(frozen=True)
 class _Planned:
     """A file of the source: a part, a rejection, or neither for an empty table."""
 
@@ -193,6 +159,8 @@ def plan(
     metadata_columns: Sequence[str] = (),
     kind: str | None = None,
     encoding: str = "utf-8",
+    delimiter: str | None = None,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
     commit: str | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Plan:
@@ -207,6 +175,9 @@ def plan(
             `content` or `code`, or the only column. Without `id_column` a row's id is `file:row`.
         kind: one of KINDS, for files whose name does not say it.
         encoding: of files without a byte order mark; any text encoding of Python.
+        delimiter: what separates the cells of CSV, one character of ASCII; by default a comma, in .tsv files a tab.
+        max_document_bytes: longer rows, and longer files of source code, are rejected. It bounds the memory of each
+            process, which is several times that.
         commit: commit, branch or tag of a git repository; nothing of it is checked out.
         report: called with a sentence when something takes time.
 
@@ -215,7 +186,15 @@ def plan(
     """
     if kind is not None and kind not in KINDS:
         raise DataError(f"unknown format {kind!r}.{nearest(kind, KINDS)}")
-    wanted = Wanted(text_column, id_column, tuple(dict.fromkeys(metadata_columns)), kind, codec(encoding))
+    wanted = Wanted(
+        text_column,
+        id_column,
+        tuple(dict.fromkeys(metadata_columns)),
+        kind,
+        codec(encoding),
+        None if delimiter is None else delimiter_of(delimiter),
+        max_document_bytes,
+    )
     ignored: Counter[str] = Counter()
 
     def choose(name: str) -> str | None:
@@ -334,19 +313,22 @@ def _plan_file(place: Place, entry: Entry, kind: str, wanted: Wanted) -> Part | 
         suffix = _inner_suffix(entry.file)
         language = LANGUAGES.get(suffix, TEXTS.get(suffix))
     whole = Part(
-        entry=entry, kind=kind, start=0, stop=WHOLE, bytes=entry.size, encoding=wanted.encoding, language=language
+        entry=entry,
+        kind=kind,
+        start=0,
+        stop=WHOLE,
+        bytes=entry.size,
+        encoding=wanted.encoding,
+        language=language,
+        delimiter=(wanted.delimiter or csv_delimiter(entry.file)) if kind == "csv" else "",
+        max_document_bytes=wanted.max_document_bytes,
     )
     if kind in ("text", "source"):
         return whole
     if not entry.size:
         return None
     _refuse_lfs_pointer(place, entry)
-    columns, schema = _columns(place, whole, wanted)
-    text, id = _choose_columns(place.where(entry.file), columns, wanted)
-    if schema is not None and not _holds_text(schema.field(text).type):
-        raise DataError(f"{place.where(entry.file)}: column {text!r} holds {schema.field(text).type}, not text")
-    encoding = whole.encoding if schema is None else UTF8
-    return replace(whole, text_column=text, id_column=id, metadata_columns=wanted.metadata_columns, encoding=encoding)
+    return with_columns(place, whole, wanted)
 
 
 def _refuse_lfs_pointer(place: Place, entry: Entry) -> None:
@@ -354,93 +336,3 @@ def _refuse_lfs_pointer(place: Place, entry: Entry) -> None:
         with place.open(entry) as stream:
             if is_lfs_pointer(stream.read(1024)):
                 raise LfsPointer(f"{place.where(entry.file)} is a git LFS pointer: {LFS_DETAIL}")
-
-
-def _columns(place: Place, part: Part, wanted: Wanted) -> tuple[list[str], pa.Schema | None]:
-    """The columns of a table, and the schema of one that has types.
-
-    Raises:
-        DataError: it has none, so it is not what its name says.
-    """
-    columns: list[str] | None = []
-    schema, encoding = None, part.encoding
-    where = place.where(part.file)
-    try:
-        if part.kind == "parquet":
-            with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
-                schema = file.schema_arrow
-            columns = list(schema.names)
-        else:
-            stream, encoding = open_stream(place, part.entry, part.encoding)
-            with stream:
-                if part.kind == "csv":
-                    columns = csv_header(iter(CsvRows(stream, csv_delimiter(part.file))))
-                else:
-                    columns = _json_columns(stream, wanted)
-    except (*DAMAGES, DamagedStream) as error:
-        raise DataError(f"{where} is damaged or not {part.kind}: {damage(error)}") from None
-    if not columns:
-        form = {"csv": "a header row", "jsonl": "JSON objects, one on each line"}.get(part.kind, "columns")
-        flags = "--format" if part.kind == "parquet" else f"--format, or with --encoding if it is not in {encoding}"
-        raise DataError(f"{where} does not begin with {form}; mend it, or say what it is with {flags}")
-    return columns, schema
-
-
-def _holds_text(type: pa.DataType) -> bool:
-    if pa.types.is_dictionary(type):
-        type = type.value_type
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-    return any(is_kind(type) for is_kind in (*kinds, *binary))
-
-
-def _json_columns(stream: BinaryIO, wanted: Wanted) -> list[str]:
-    """Keys of the first objects, in order of appearance: as many as it takes to find those that are needed."""
-    columns: dict[str, None] = {}
-    needed = {wanted.text_column or TEXT_COLUMNS[0], *(column for _, column in wanted.named)}
-    for number, value in enumerate(_json_values(Lines(stream))):
-        if number >= (LONG_SAMPLE if any(column not in columns for _, column in wanted.named) else COLUMN_SAMPLE):
-            break
-        if isinstance(value, dict):
-            columns.update(dict.fromkeys(value))
-        if needed <= columns.keys():
-            break
-    return list(columns)
-
-
-def _json_values(lines: Lines) -> Iterator[Any]:
-    """The value of each line; None for one that cannot be read, which is rejected when its turn comes."""
-    while True:
-        try:
-            line = next(lines)
-            yield json.loads(line.removeprefix(b"\xef\xbb\xbf") if lines.count == 1 else line)
-        except (StopIteration, DamagedStream):
-            return
-        except (ValueError, RecursionError, LineTooLong):
-            yield None
-
-
-def _choose_columns(where: str, columns: Sequence[str], wanted: Wanted) -> tuple[str, str | None]:
-    for flag, column in wanted.named:
-        if column not in columns:
-            hint = nearest(column, columns)
-            close = "" if hint.startswith(" Choose") else hint
-            raise DataError(f"{where} has no column {column!r} ({flag}). It has: {_listed(columns)}.{close}")
-    text_column = wanted.text_column
-    if text_column is None:
-        usual = [column for column in TEXT_COLUMNS if column in columns]
-        if not usual and len(columns) > 1:
-            raise DataError(
-                f"{where} has no column 'text'; say which one holds it with --text-column: {_listed(columns)}"
-            )
-        text_column = usual[0] if usual else columns[0]
-    for column in (text_column, *(column for _, column in wanted.named)):
-        if columns.count(column) > 1:
-            raise DataError(f"{where} has more than one column {column!r}; rename all but one")
-    return text_column, wanted.id_column
-
-
-def _listed(columns: Sequence[str]) -> str:
-    """The names in one line, whatever they hold and however many there are."""
-    names = [name if name.isprintable() and len(name) < 80 else repr(name[:80]) for name in columns[:MOST_LISTED]]
-    return ", ".join(names) + (f" and {len(columns) - MOST_LISTED:,} more" if len(columns) > MOST_LISTED else "")

@@ -22,8 +22,10 @@ from blues.config import nearest
 from blues.data.reading.places import Entry, Place
 from blues.errors import DataError
 
-MAX_DOCUMENT_BYTES = 16 << 20
+MAX_DOCUMENT_BYTES = 128 << 20
+"""Rows, and files of source code, that are longer are rejected, unless the person says otherwise."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+BEGINNINGS = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 UTF8 = "utf-8"
 UTF8_MARK = codecs.BOM_UTF8
 BYTE_ORDER_MARKS = (
@@ -50,6 +52,11 @@ class DamagedStream(Exception):
 
 class LineTooLong(Exception):
     """A line longer than a document may be; the stream stands behind it."""
+
+
+def longer_than(limit: int) -> str:
+    """Why a row of more than `limit` bytes is rejected, and what to do."""
+    return f"longer than {limit / 2**20:g} MiB; raise --max-document-mb to read it"
 
 
 DAMAGES = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -93,6 +100,13 @@ def cookie(content: bytes) -> str | None:
 def marked(head: bytes) -> str | None:
     """The encoding that a byte order mark tells, None without one."""
     return next((encoding for mark, encoding in BYTE_ORDER_MARKS if head.startswith(mark)), None)
+
+
+def wide(head: bytes) -> str | None:
+    """The encoding that the beginning of a table without a byte order mark seems to be in, if each of its characters
+    has two bytes: those of ASCII have a NUL. None for any other."""
+    even, odd = (head[first::2].count(0) / max(1, len(head) // 2) for first in (0, 1))
+    return "utf-16-le" if odd > 0.5 > 2 * even else "utf-16-be" if even > 0.5 > 2 * odd else None
 
 
 def decode(content: bytes, encoding: str) -> bytes:
@@ -149,7 +163,8 @@ class _Decompressed(io.RawIOBase):
     """The content of a compressed file; damage raises `DamagedStream`."""
 
     def __init__(self, stream: BinaryIO, compression: str) -> None:
-        self._source = stream
+        self._source, self._compression = stream, compression
+        self._head = cast(io.BufferedReader, stream).peek(4)[:4]
         self._stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), compression)
 
     def readable(self) -> bool:
@@ -159,7 +174,10 @@ class _Decompressed(io.RawIOBase):
         try:
             content = self._stream.read(len(buffer))
         except DAMAGES as error:
-            raise DamagedStream(damage(error)) from None
+            words = damage(error)
+            if not self._head.startswith(BEGINNINGS[self._compression]):
+                raise DamagedStream(f"not {self._compression}, though its name says so ({words})") from None
+            raise DamagedStream(f"damaged {self._compression} ({words})") from None
         buffer[: len(content)] = content
         return len(content)
 
@@ -215,26 +233,26 @@ codecs.register_error(HANDLER, _mark)
 class Lines:
     """The lines of a binary stream, with `position` (bytes behind the last line) and `count`.
 
-    A line over MAX_DOCUMENT_BYTES is skipped without being held in memory and raises `LineTooLong`.
+    A line over `limit` bytes is skipped without being held in memory and raises `LineTooLong`.
     """
 
-    def __init__(self, stream: BinaryIO, start: int = 0) -> None:
+    def __init__(self, stream: BinaryIO, start: int = 0, limit: int = MAX_DOCUMENT_BYTES) -> None:
         if start:
             stream.seek(start)
-        self.stream, self.position, self.count = stream, start, 0
+        self.stream, self.position, self.count, self.limit = stream, start, 0, limit
 
     def __iter__(self) -> Lines:
         return self
 
     def __next__(self) -> bytes:
-        line = self.stream.readline(MAX_DOCUMENT_BYTES + 1)
+        line = self.stream.readline(self.limit + 1)
         if not line:
             raise StopIteration
         self.position += len(line)
         self.count += 1
-        if len(line) <= MAX_DOCUMENT_BYTES:
+        if len(line) <= self.limit:
             return line
         while line and not line.endswith(b"\n"):
-            line = self.stream.readline(MAX_DOCUMENT_BYTES)
+            line = self.stream.readline(BLOCK_BYTES)
             self.position += len(line)
-        raise LineTooLong(f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB")
+        raise LineTooLong(longer_than(self.limit))

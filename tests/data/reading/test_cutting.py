@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from blues.data.reading import cutting, readers, sources, streams
+from blues.data.reading import cutting, readers, sources
 from blues.data.reading.cutting import csv_row_ends, csv_row_ends_by_reading
 from blues.data.reading.readers import Document, read_part
 from blues.errors import DataError
@@ -18,12 +18,12 @@ from blues.errors import DataError
 LAX = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def ends(content: bytes, delimiter: str = ",") -> list[int]:
-    return [int(end) for found in csv_row_ends(io.BytesIO(content), delimiter, len(content)) for end in found]
+def ends(content: bytes, delimiter: str = ",", limit: int = 1 << 20) -> list[int]:
+    return [int(end) for found in csv_row_ends(io.BytesIO(content), delimiter, len(content), limit) for end in found]
 
 
-def ends_by_reading(content: bytes, delimiter: str = ",") -> list[int]:
-    return [int(end) for found in csv_row_ends_by_reading(io.BytesIO(content), delimiter) for end in found]
+def ends_by_reading(content: bytes, delimiter: str = ",", limit: int = 1 << 20) -> list[int]:
+    return [int(end) for found in csv_row_ends_by_reading(io.BytesIO(content), delimiter, 0, limit) for end in found]
 
 
 @pytest.fixture(params=[1, 7, 4 << 20])
@@ -64,11 +64,10 @@ def test_regular_files_are_cut_without_the_csv_module(window, monkeypatch, rows,
 
 
 def test_rows_longer_than_a_document_may_be_are_left_to_the_csv_module(monkeypatch):
-    monkeypatch.setattr(streams, "MAX_DOCUMENT_BYTES", 50)
     monkeypatch.setattr(cutting, "WINDOW_BYTES", 16)
     for long in (b"x" * 200, b'"' + b"y\n" * 100 + b'"', b'"' + b"z" * 200 + b'"'):
         content = b"a,b\n1," + long + b"\n2,b\n3,c\n"
-        assert ends(content) == ends_by_reading(content)
+        assert ends(content, limit=50) == ends_by_reading(content, limit=50)
 
 
 def records(plan: sources.Plan) -> list[readers.Record]:

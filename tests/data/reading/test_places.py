@@ -82,6 +82,12 @@ def test_what_is_no_file_is_a_sentence(tmp_path: Path, name):
         sources.plan(tmp_path / name, kind="text")
 
 
+def test_an_empty_path_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="the path is empty; check --dataset or --input-dir"):
+        sources.plan("")
+
+
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "loop/x"])
 def test_impossible_paths_are_sentences(tmp_path: Path, path):
     os.symlink("loop", tmp_path / "loop")

@@ -260,7 +260,7 @@ def test_a_file_in_another_encoding_is_rejected_with_a_hint(tmp_path, name):
 
 
 def test_a_table_that_is_wide_without_a_mark_says_so(tmp_path):
-    with pytest.raises(DataError, match="does not begin with JSON objects.*--encoding if it is not in utf-8"):
+    with pytest.raises(DataError, match="seems to be in utf-16-le; say so with --encoding utf-16-le"):
         sources.plan(write(tmp_path / "t.jsonl", '{"text": "a"}\n'.encode("utf-16-le")))
     with pytest.raises(DataError, match="unknown encoding 'latin-x'"):
         sources.plan(tmp_path / "t.jsonl", encoding="latin-x")
@@ -283,6 +283,19 @@ def test_python_source_names_its_encoding(tmp_path):
         assert found["f.go"].endswith("'für'\n") == (encoding == "utf-8")
 
 
+def test_details_are_said_in_plain_words(tmp_path):
+    rows = ["5", "null", "[]", '{"text": 5}', '{"text": {}}', '{"text": "a\\ud800"}']
+    records = read_all(sources.plan(write(tmp_path / "t.jsonl", "\n".join(['{"text": "a"}', *rows]))))
+    assert [(r.reason, r.detail) for r in records if isinstance(r, Rejected)] == [
+        ("not a JSON object", "an int"),
+        ("not a JSON object", "null"),
+        ("not a JSON object", "a list"),
+        ("not text", "column 'text' holds an int"),
+        ("not text", "column 'text' holds a dict"),
+        ("lone surrogate", "at position 1: half of a pair of \\u escapes"),
+    ]
+
+
 # Monsters.
 
 
@@ -290,8 +303,8 @@ def test_python_source_names_its_encoding(tmp_path):
     ("name", "head", "tail", "expected"),
     [
         ("t.jsonl", b'{"text": "a"}\n{"text": "', b'"}\n{"text": "b"}\n', [(2, "row too long")]),
-        ("t.csv", b"text\na\n", b"\nb\n", [(2, "malformed CSV")]),
-        ("t.csv", b'text\na\n"', b'"\nb\n', [(2, "malformed CSV")]),
+        ("t.csv", b"text\na\n", b"\nb\n", [(2, "row too long")]),
+        ("t.csv", b'text\na\n"', b'"\nb\n', [(2, "row too long")]),
         ("t.txt", b"a\n", b"\nb\n", []),
         ("t.py", b"a\n", b"\nb\n", [(None, "file too large")]),
         ("t.jsonl.gz", b'{"text": "a"}\n{"text": "', b'"}\n{"text": "b"}\n', [(2, "row too long")]),
@@ -305,7 +318,7 @@ def test_a_line_of_100_megabytes_is_read_in_bounded_memory(tmp_path, name, head,
         for _ in range(100):
             file.write(b"x" * (1 << 20))
         file.write(tail)
-    plan = sources.plan(tmp_path / name)
+    plan = sources.plan(tmp_path / name, max_document_bytes=16 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rejected, size = [], 0
     for task in plan.tasks():

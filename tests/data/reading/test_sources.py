@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blues.data.merging.merge import merge
-from blues.data.reading import sources, streams
+from blues.data.reading import sources
 from blues.data.reading.readers import Document, Rejected, read_part
 from blues.errors import DataError
 from tests.data.datasets import make_store
@@ -104,17 +104,89 @@ def test_a_quote_that_is_never_closed_costs_its_own_row_alone(
     assert len(cut.tasks()) > 5 and read_all(cut) == read_all(plan)
 
 
-def test_a_line_longer_than_a_document_may_be_is_rejected_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streams, "MAX_DOCUMENT_BYTES", 1 << 20)
+def test_a_line_longer_than_a_document_may_be_is_rejected_alone(tmp_path: Path) -> None:
+    limit = 1 << 20
     long = json.dumps({"text": "x" * (3 << 20)})
     (tmp_path / "long.jsonl").write_text(f'{{"text": "a"}}\n{long}\n{{"text": "b"}}\n', encoding="utf-8")
-    plan = sources.plan(tmp_path / "long.jsonl")
+    plan = sources.plan(tmp_path / "long.jsonl", max_document_bytes=limit)
     assert texts(plan) == ["a", "b"] and reasons(plan) == [(2, "row too long")]
     (tmp_path / "long.csv").write_text(f"text\na\n{'x' * (3 << 20)}\nb\n", encoding="utf-8")
-    plan = sources.plan(tmp_path / "long.csv")
-    assert texts(plan) == ["a", "b"] and reasons(plan) == [(2, "malformed CSV")]
+    plan = sources.plan(tmp_path / "long.csv", max_document_bytes=limit)
+    assert texts(plan) == ["a", "b"] and reasons(plan) == [(2, "row too long")]
+    details = [record.detail for record in read_all(plan) if isinstance(record, Rejected)]
+    assert details[0].startswith("longer than 1 MiB; raise --max-document-mb")
+    (tmp_path / "long.py").write_text("x" * (3 << 20))
+    pq.write_table(pa.table({"text": ["a", "x" * (3 << 20), "b"]}), tmp_path / "long.parquet")
+    assert reasons(sources.plan(tmp_path / "long.py", max_document_bytes=limit)) == [(None, "file too large")]
+    assert reasons(sources.plan(tmp_path / "long.parquet", max_document_bytes=limit)) == [(2, "row too long")]
+    for name in ("long.jsonl", "long.csv", "long.parquet", "long.py"):
+        assert reasons(sources.plan(tmp_path / name)) == []
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.parquet"])
+def test_a_row_of_104_megabytes_is_a_document(tmp_path: Path, name: str) -> None:
+    long = "0123456 " * (13 << 20)
+    if name == "t.parquet":
+        pq.write_table(pa.table({"text": ["a", long, "b"]}), tmp_path / name, use_dictionary=False)
+    elif name == "t.csv":
+        (tmp_path / name).write_text(f'text\na\n"{long}"\nb\n')
+    else:
+        (tmp_path / name).write_text(f'{{"text": "a"}}\n{{"text": "{long}"}}\n{{"text": "b"}}\n')
+    assert texts(sources.plan(tmp_path / name)) == ["a", long, "b"]
+
+
+def test_rows_with_lines_add_up_to_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is as long as all its lines; parts find the same rows."""
+    rows = [f'{n},"' + "some text\n" * n + '"\n' for n in range(60)]
+    (tmp_path / "t.csv").write_text("id,text\n" + "".join(rows))
+    plan = sources.plan(tmp_path / "t.csv", max_document_bytes=300)
+    whole = read_all(plan)
+    assert texts(plan)[:29] == ["some text\n" * n for n in range(1, 30)]
+    assert next(reason for row, reason in reasons(plan) if row and row > 10) == "row too long"
+    monkeypatch.setattr(sources, "PART_BYTES", 500)
+    cut = sources.plan(tmp_path / "t.csv", max_document_bytes=300)
+    assert len(cut.tasks()) > 5 and read_all(cut) == whole
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_tables_separated_by_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, delimiter: str) -> None:
+    rows = "".join(f'{n}{delimiter}"row, {n}{delimiter} ""x"""\n' for n in range(200))
+    path = write(tmp_path, "t.csv", f"id{delimiter}text\n{rows}".encode())
+    with pytest.raises(
+        DataError, match="t.csv' has a single column, .*; say what separates it with --delimiter"
+    ) as bad:
+        sources.plan(path, id_column="id")
+    assert f"--delimiter {delimiter!r}" in str(bad.value) and "\n" not in str(bad.value)
+    plan = sources.plan(path, id_column="id", delimiter=delimiter)
+    assert texts(plan) == [f'row, {n}{delimiter} "x"' for n in range(200)]
+    monkeypatch.setattr(sources, "PART_BYTES", 300)
+    cut = sources.plan(path, id_column="id", delimiter=delimiter)
+    assert len(cut.tasks()) > 5 and read_all(cut) == read_all(plan)
+
+
+def test_a_single_column_may_be_named_whatever_it_is(tmp_path: Path) -> None:
+    path = write(tmp_path, "t.csv", b"either|or\nx\n")
+    assert texts(sources.plan(path, text_column="either|or")) == ["x"]
+    assert texts(sources.plan(path, delimiter=",")) == ["x"]
+    tabs = write(tmp_path, "u.csv", b"id\ttext\n1\tx\n")
+    assert texts(sources.plan(tabs, delimiter=r"\t")) == ["x"]
+    assert texts(sources.plan(write(tmp_path, "v.tsv", b"id\ttext\n1\tx\n"))) == ["x"]
+    with pytest.raises(DataError, match="--delimiter ','"):
+        sources.plan(write(tmp_path, "v.tsv", b"id,text\n1,x\n"))
+    for wrong in ("", ";;", '"', "\n", "§"):
+        with pytest.raises(DataError, match="--delimiter must be one character"):
+            sources.plan(path, delimiter=wrong)
+
+
+def test_a_wrong_name_and_damaged_compression_are_told_apart(tmp_path: Path) -> None:
+    lines = b'{"text": "a"}\n' * 100
+    for name, pack in (("gz", gzip.compress), ("zst", zstandard.compress)):
+        kind = {"gz": "gzip", "zst": "zstd"}[name]
+        for table, content in (("t.jsonl", lines), ("t.csv", b"text\na\n")):
+            with pytest.raises(DataError, match=rf"{table}.{name}' is not {kind}, though its name says so"):
+                sources.plan(write(tmp_path, f"{table}.{name}", content))
+        with pytest.raises(DataError, match=f"d.jsonl.{name}' is damaged {kind}"):
+            sources.plan(write(tmp_path, f"d.jsonl.{name}", pack(lines)[:6] + b"\xee" * 50))
 
 
 def test_compressed_lines_are_read_and_a_truncated_file_says_where_it_ends(tmp_path: Path) -> None:
@@ -213,6 +285,9 @@ def write(tmp_path: Path, name: str, content: bytes) -> Path:
         ("a.parquet", b"PAR1 nonsense", {}, "a.parquet' is damaged or not parquet"),
         ("a.csv", b"", {}, "nothing to read in .*a.csv"),
         ("a.unknown", b"x", {}, "does not say by its name what it holds; add --format"),
+        ("a.csv", "text,n\nx,1\n".encode("utf-16-le"), {}, "seems to be in utf-16-le; .*--encoding utf-16-le$"),
+        ("a.csv", "id;text\n1;x\n".encode("utf-16-be"), {}, "seems to be in utf-16-be; .*--encoding utf-16-be$"),
+        ("a.jsonl", '{"text": "é"}\n'.encode("utf-16-be"), {}, "--encoding utf-16-be$"),
         ("a.txt", b"x", {"kind": "csvv"}, "unknown format 'csvv'. Did you mean 'csv'"),
     ],
 )

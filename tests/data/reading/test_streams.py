@@ -164,14 +164,13 @@ def test_compression_by_name(name, kind):
     assert compression_of(name) == kind
 
 
-def test_lines_know_where_they_end_and_skip_what_is_too_long(monkeypatch):
-    monkeypatch.setattr(streams, "MAX_DOCUMENT_BYTES", 10)
+def test_lines_know_where_they_end_and_skip_what_is_too_long():
     content = b"short\n" + b"x" * 35 + b"\nafter\nlast"
-    lines = Lines(io.BufferedReader(io.BytesIO(content)))  # type: ignore[arg-type]
+    lines = Lines(io.BufferedReader(io.BytesIO(content)), limit=10)  # type: ignore[arg-type]
     assert next(lines) == b"short\n" and lines.position == 6
     with pytest.raises(LineTooLong):
         next(lines)
     assert lines.position == 42
     assert list(lines) == [b"after\n", b"last"] and lines.position == len(content) and lines.count == 4
-    again = Lines(io.BufferedReader(io.BytesIO(content)), 42)  # type: ignore[arg-type]
+    again = Lines(io.BufferedReader(io.BytesIO(content)), 42, 10)  # type: ignore[arg-type]
     assert list(again) == [b"after\n", b"last"] and again.position == len(content)
