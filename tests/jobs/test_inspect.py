@@ -33,7 +33,7 @@ def test_the_overview_is_a_table_with_histograms(path, capsys, tmp_path):
 def test_documents_are_shown_with_their_tokens(path, capsys):
     assert main(["inspect", str(path), "--documents", "9", "--split", "train"]) == 0
     out = capsys.readouterr().out
-    assert out.count("<|endoftext|>") == 3 and "|" in out and "\x1b" not in out and "␛" in out
+    assert out.count("<|endoftext|>") == 3 and "\u2502" in out and "\x1b" not in out and "␛" in out
     assert main(["inspect", str(path), "--id", "train-1-0", "--max-tokens", "2"]) == 0
     out = capsys.readouterr().out
     assert "train-1-0" in out and "tokens are not shown)" in out

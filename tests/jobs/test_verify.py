@@ -42,6 +42,8 @@ def test_a_damaged_file_is_named_with_the_remedy_and_exit_status_2(path, capsys)
 
 
 def test_json_is_for_machines(path, capsys):
+    assert main(["verify", str(path), "--sample", "0"]) == 0
+    assert "good: all checksums hold; no document was tokenized again" in capsys.readouterr().out
     assert main(["verify", str(path), "--json", "--sample", "2"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["good"] is True and tree["issues"] == [] and tree["retokenized"] == 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -244,10 +245,11 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _histogram(similarity: np.ndarray) -> str:
-    counts, edges = np.histogram(similarity, bins=STEPS, range=(float(similarity.min()), 1.0))
+    lowest = min(0.95, math.floor(20 * float(similarity.min())) / 20)  # so that the borders of bars are short numbers
+    counts, edges = np.histogram(similarity, bins=STEPS, range=(lowest, 1.0))
     widths = 100 * counts / max(1, counts.max())
     rows = [
-        f"<tr><td>{low:.2f} to {high:.2f}</td><td>{count:,}</td>"
+        f"<tr><td>{low:.3f} to {high:.3f}</td><td>{count:,}</td>"
         f'<td style="width: 30rem"><div class="bar" style="width: {width:.1f}%"></div></td></tr>'
         for low, high, count, width in zip(edges[:-1], edges[1:], counts, widths, strict=True)
     ]

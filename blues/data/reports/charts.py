@@ -35,6 +35,7 @@ section{background:var(--card);border:1px solid var(--grid);border-radius:10px;p
 .issues{list-style:none;margin:0;padding:0}.issues li{border-left:4px solid var(--bad);background:var(--badbg);
 padding:8px 12px;margin:0 0 8px;border-radius:0 6px 6px 0}.issues li.warn{border-color:var(--warn);
 background:var(--warnbg)}.issues code{font-size:13px;overflow-wrap:anywhere}.issues code:first-child{display:block}
+.facts{margin:8px 0 0;font-size:13px;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13px}th,td{padding:6px 8px;
 text-align:left;border-bottom:1px solid var(--grid);white-space:nowrap}th{color:var(--muted);font-weight:600}
 .n{text-align:right;font-variant-numeric:tabular-nums}

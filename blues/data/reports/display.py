@@ -6,7 +6,6 @@ hold escape sequences, and a terminal obeys them (see `visible`).
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from blues.data.reports.inspection import Look, Overview, SourceOverview, SplitOverview, Window
-from blues.data.reports.report import length_cells
+from blues.data.reports.report import facts, length_cells
 from blues.data.reports.visible import visible
 from blues.data.tokenizer import Tokenizer
 from blues.table import align
@@ -25,7 +24,9 @@ FULL = "\u2588"
 BACKGROUNDS = ("\x1b[30;48;5;153m", "\x1b[30;48;5;223m")
 """Of one token and the next: black on light blue and light orange, which dark and light terminals both show."""
 DIM, BOLD, RESET = "\x1b[2m", "\x1b[1m", "\x1b[0m"
-SEPARATOR = "|"
+SEPARATOR = "\u2502"
+"""Between tokens where there are no colours; one that stands in a text is shown as its number."""
+LEGEND = f"({SEPARATOR} stands between tokens, \u21b5 for the end of a line)"
 RULE_WIDTH = 100
 LONGEST_FACT = 300
 
@@ -74,10 +75,11 @@ def document_lines(look: Look, tokenizer: Tokenizer, most: int, *, color: bool) 
     document = look.document
     where = f"{visible(look.dataset)} {look.split} {look.number:,}"
     size = f"{len(document.tokens):,} tokens, {document.text_bytes:,} bytes"
-    facts = f"{where}: {visible(document.id)}, from {visible(document.source)}, {size}"
-    lines = [_rule(facts, color)]
+    lines = [_rule(f"{where}: {visible(document.id)}, from {visible(document.source)}, {size}", color)]
     if document.metadata:
-        lines.append(_dim(f"metadata {_fact(document.metadata)}", color))
+        lines.append(_dim(f"metadata {_shortened(document.metadata)}", color))
+    if not color:
+        lines.append(LEGEND)
     return [*lines, *_text(document.tokens[:-1], tokenizer, most, color), _end(color), ""]
 
 
@@ -89,13 +91,14 @@ def window_lines(window: Window, tokenizer: Tokenizer, most: int, *, color: bool
     lines = [
         f"sample {window.index:,} of {window.split}, packing {window.packing}, from {visible(window.dataset)}: {what}",
         f"before the first target stands {before}",
+        *([] if color else [LEGEND]),
         "",
     ]
     for piece in window.pieces:
         part = "whole" if piece.stop - piece.start == piece.length else f"tokens {piece.start:,} to {piece.stop:,}"
-        facts = f"{visible(piece.id)}, from {visible(piece.source)}, {part} of {piece.length:,}"
+        where = f"{visible(piece.id)}, from {visible(piece.source)}, {part} of {piece.length:,}"
         whole = piece.stop == piece.length
-        lines += [_rule(facts, color), *_text(piece.tokens[: -1 if whole else None], tokenizer, most, color)]
+        lines += [_rule(where, color), *_text(piece.tokens[: -1 if whole else None], tokenizer, most, color)]
         lines += [_end(color)] if whole else [_dim("(goes on beyond the window)", color)]
     return lines + ([_dim(f"({window.padding:,} inputs of padding)", color)] if window.padding else [])
 
@@ -121,7 +124,7 @@ def _text(tokens: np.ndarray, tokenizer: Tokenizer, most: int, color: bool) -> l
     """The lines of a document. The end of a line is shown, and ends a line."""
     parts = []
     for number, cell in enumerate(cells(tokens[:most], tokenizer)):
-        lines = map(visible, cell.split("\n"))
+        lines = map(visible, (cell if color else cell.replace(SEPARATOR, "\\u2502")).split("\n"))
         if color:  # the colour ends before the line does, or the terminal would paint the rest of it
             background = BACKGROUNDS[number % 2]
             parts.append(background + f"\u21b5{RESET}\n{background}".join(lines) + RESET)
@@ -147,32 +150,44 @@ def _facts(source: SourceOverview) -> Iterator[str]:
     others = [str(number) for number in source.versions if number != source.version]
     details = {key: value for key, value in source.operation.items() if key != "kind"}
     version = f"version {source.version}, made by {source.operation['kind']}"
-    version += f" ({_fact(details)})" if details else ""
-    facts = {
+    version += f" ({_shortened(details)})" if details else ""
+    known = {
         "at": str(source.path),
-        "is": version + (f"; there are also {', '.join(others)}" if others else ""),
+        "is": version + (f"; {_kept(others)}" if others else ""),
         "tokenizer": source.tokenizer,
-        "settings": _fact(source.settings),
+        "settings": _shortened(_settings(source.settings)),
     }
     yield f"{visible(source.name)}"
-    for name, fact in facts.items():
+    for name, fact in known.items():
         if fact:
             yield f"  {name:<10}{visible(fact)}"
     for origin in source.origins:
         first, rest = f"  {'from':<10}", " " * 12
-        yield from textwrap.wrap(_fact(origin), RULE_WIDTH, initial_indent=first, subsequent_indent=rest)
+        yield from textwrap.wrap(_shortened(origin), RULE_WIDTH, initial_indent=first, subsequent_indent=rest)
     if source.rejected:
-        yield f"  {'rejected':<10}{sum(source.rejected.values()):,} rows: {_fact(source.rejected)}"
+        yield f"  {'rejected':<10}{sum(source.rejected.values()):,} rows: {_shortened(source.rejected)}"
 
 
-def _fact(tree: Mapping[str, Any]) -> str:
-    """`name notes.csv, files 3`, shortened where it is long; what is empty is left out."""
-    parts = [
-        f"{key} {value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)}"
-        for key, value in tree.items()
-        if value not in (None, "", {}, [])
-    ]
-    text = visible(", ".join(parts))
+def _kept(versions: Sequence[str]) -> str:
+    """Which other versions there are: `versions 1, 2 and 3 are kept`."""
+    if len(versions) == 1:
+        return f"version {versions[0]} is kept"
+    return f"versions {', '.join(versions[:-1])} and {versions[-1]} are kept"
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was prepared, with the bound below which the hash of a document that is held out lies as its share."""
+    bound = settings.get("threshold")
+    if not isinstance(bound, str):
+        return dict(settings)
+    return {key: value for key, value in settings.items() if key != "threshold"} | {
+        "held out": f"{int(bound, 16) / 2**64:.3g} of the documents"
+    }
+
+
+def _shortened(tree: Mapping[str, Any]) -> str:
+    """The facts of a manifest or a document, cut where they are long."""
+    text = visible(facts(tree))
     return text if len(text) <= LONGEST_FACT else text[:LONGEST_FACT] + " ..."
 
 

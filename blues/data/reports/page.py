@@ -10,14 +10,13 @@ forbids its reader's browser to run or load anything.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blues.config import write_atomic
 from blues.data.reports import charts
 from blues.data.reports.charts import escape, prose
-from blues.data.reports.report import REMEDY, Report, Source, length_cells
+from blues.data.reports.report import REMEDY, Report, Source, facts, length_cells
 from blues.data.reports.statistics import Statistics
 from blues.data.storage.manifest import check_target
 from blues.data.storage.store import SPLITS, Issue
@@ -77,7 +76,7 @@ def _head(report: Report, names: str) -> str:
     if warnings:
         badge += f'<span class="badge warn">{_plural(warnings, "warning")}</span>'
     lines = report.statistics
-    facts = [
+    counts = [
         ("documents", sum(line.documents for line in lines)),
         ("tokens", sum(line.tokens for line in lines)),
         ("bytes of text", sum(line.text_bytes for line in lines)),
@@ -86,7 +85,7 @@ def _head(report: Report, names: str) -> str:
         ("documents tokenized again", report.retokenized),
     ]
     tiles = "".join(
-        f'<div title="{number:,}"><b>{_round(number)}</b><span>{name}</span></div>' for name, number in facts
+        f'<div title="{number:,}"><b>{_round(number)}</b><span>{name}</span></div>' for name, number in counts
     )
     paths = " ".join(str(path) for path in report.paths)
     return f'<header><h1>{escape(names)}</h1>{badge}</header><p class="muted">{escape(paths)}</p>' + (
@@ -232,21 +231,10 @@ def _origins(sources: Sequence[Source]) -> str:
             mark = " (shown here)" if each.number == source.version and len(source.versions) > 1 else ""
             counts = (f"{each.documents:,}", f"{each.tokens:,}", f"{each.chunks:,}")
             rows.append((f"{each.number}{mark}", each.operation["kind"], *counts, each.parent or ""))
-        origins = [("source", "facts"), *(_origin(origin) for origin in source.origins)]
-        table = charts.table(origins, texts=2) if len(origins) > 1 else ""
+        origins = "".join(f'<p class="facts">from {escape(facts(origin))}</p>' for origin in source.origins)
         path = f'<p class="muted">{escape(source.path)}</p>'
-        parts.append(f"<h3>{escape(source.name)}</h3>{path}{charts.table(rows, texts=2)}{table}")
+        parts.append(f"<h3>{escape(source.name)}</h3>{path}{charts.table(rows, texts=2)}{origins}")
     return "".join(parts)
-
-
-def _origin(origin: dict[str, object]) -> tuple[str, str]:
-    """Name of what a dataset was prepared from, and whatever else is known of it."""
-    facts = [
-        f"{key} {value if isinstance(value, (str, int, float)) else json.dumps(value)}"
-        for key, value in origin.items()
-        if key != "name" and value not in (None, {}, [], "")
-    ]
-    return str(origin.get("name", "")), ", ".join(facts)
 
 
 def _plural(number: int, name: str) -> str:

@@ -6,6 +6,7 @@ In: issues, statistics and descriptions of sources. Out: text.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ class Report:
         lines += self._copies()
         lines += [f"warning: {issue}" for issue in self.warnings]
         if self.good:
-            lines.append(f"good: all checksums hold, {self.retokenized:,} documents tokenize to what is stored")
+            again = f", {self.retokenized:,} documents tokenize to what is stored"
+            lines.append(
+                f"good: all checksums hold{again if self.retokenized else '; no document was tokenized again'}"
+            )
         else:
             lines.append(f"{len(self.issues):,} issue{'s' if len(self.issues) != 1 else ''}:")
             lines += [f"  {issue}" for issue in self.issues]
@@ -100,7 +104,10 @@ class Report:
         total = sum(self.overlap.duplicates) if self.overlap is not None else 0
         if self.overlap is None or not total:
             return []
-        lines = [f"exact copies of another document: {total:,}; so many of a row are in a column too:"]
+        lines = [
+            f"exact copies of another document: {total:,}; rows: documents of that split, columns: how many of them are "
+            "also in this one (in the same one: copies of an earlier one)"
+        ]
         names = [f"{place} {source} {split}" for place, (source, split) in enumerate(self.overlap.names, start=1)]
         header = ("", *map(str, range(1, len(names) + 1)))
         rows = [(name, *(f"{n:,}" for n in row)) for name, row in zip(names, self.overlap.shared, strict=True)]
@@ -125,6 +132,36 @@ def _row(line: Statistics) -> tuple[str, ...]:
 def length_cells(lengths: Lengths) -> tuple[str, str, str, str]:
     """Mean, median, 95% and longest."""
     return f"{lengths.mean:,.0f}", f"{lengths.median:,.0f}", f"{lengths.p95:,.0f}", f"{lengths.longest:,}"
+
+
+def facts(tree: Mapping[str, Any]) -> str:
+    """`name notes.csv, files 3, 35.4 kB`: what a manifest tells, in words; what is empty is left out."""
+    return ", ".join(_fact(key, value) for key, value in tree.items() if value not in (None, "", {}, []))
+
+
+def _fact(key: str, value: Any) -> str:
+    words = key.replace("_", " ")
+    if type(value) is int and words.split()[-1] == "bytes":
+        return f"{words.removesuffix('bytes')}{size(value)}"
+    return f"{words} {_in_words(value)}"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({facts(value)})"
+    if isinstance(value, list):
+        return " and ".join(map(_in_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def size(number: int) -> str:
+    """Bytes for a person: 950 bytes, 12.3 kB, 4.56 MB."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:,.3g} {name}" if number < 1000 * unit else f"{number / unit:,.0f} {name}"
+    return f"{number} byte{'' if number == 1 else 's'}"
 
 
 def _version_lines(source: Source) -> list[str]:

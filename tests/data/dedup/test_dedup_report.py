@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from blues.data.dedup.corpus import Corpus
 from blues.data.dedup.dedup import Removal, find_duplicates
-from blues.data.dedup.dedup_report import REMOVED_SCHEMA, Summary, examples, page, removed_table
+from blues.data.dedup.dedup_report import REMOVED_SCHEMA, Summary, _histogram, examples, page, removed_table
 from blues.data.dedup.minhash import Settings
 from blues.data.dedup.sketches import Sketches
 from blues.data.storage.store import Store
@@ -90,3 +92,11 @@ def test_examples_span_the_similarities(summary):
     assert [row["kind"] for row in examples(summary.removed, 3)] == ["near"]
     exact = summary.removed.filter(summary.removed["similarity"].to_numpy() == 1.0)
     assert len(examples(exact, 2)) == 2
+
+
+@pytest.mark.parametrize("similarity", [[0.951, 0.953], [1.0], [0.7, 1.0]])
+def test_no_two_bars_of_the_similarities_have_one_label(similarity):
+    text = _histogram(np.array(similarity))
+    labels = re.findall(r"<td>([\d.]+) to ([\d.]+)</td>", text)
+    assert len(set(labels)) == len(labels) == 10 and all(low < high for low, high in labels)
+    assert sum(map(int, re.findall(r"</td><td>(\d+)</td>", text))) == len(similarity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_a_document_shows_all_of_its_text_and_obeys_none_of_it(path, color):
     assert color == bool(COLORS.search(shown))
     plain = COLORS.sub("", shown)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\x9b\u202e]", plain)
-    text = plain if color else plain.replace("|", "")
+    text = plain if color else plain.replace(display.SEPARATOR, "")
     assert "red ␛[31m text␇↵\nsecond⇥line \\u202e↵\n漢字 👩\u200d🚀\n" in text
     assert "train-0-0" in plain and "data ␛[2J" in plain
 
@@ -59,7 +60,7 @@ def test_tokens_are_separated_or_alternate_in_colour(path):
     tokenizer = TOKENIZER.build()
     [look, *_] = choose_documents(path, 9, id="train-0-1")
     cells = list(display.cells(look.document.tokens[:-1], tokenizer))
-    assert "|".join(cells) in display.document_lines(look, tokenizer, 1000, color=False)
+    assert display.SEPARATOR.join(cells) in display.document_lines(look, tokenizer, 1000, color=False)
     [line] = [
         line for line in display.document_lines(look, tokenizer, 1000, color=True) if "bb" in COLORS.sub("", line)
     ]
@@ -91,6 +92,28 @@ def test_the_overview_lists_splits_facts_and_lengths(path):
     assert row.split()[-7:-4] == ["1", "0.00", "none"] and row.split()[-1] == f"{longest:,}"
     assert any("version 1, made by prepare" in line for line in lines)
     assert sum("lengths of data" in line for line in lines) == 2
+
+
+def test_a_separator_within_a_text_is_told_apart(tmp_path):
+    path = make_store(tmp_path / "data", train=[["a|b\u2502c"]])
+    [look] = choose_documents(path, 1)
+    lines = display.document_lines(look, TOKENIZER.build(), 100, color=False)
+    assert display.LEGEND in lines and "a\u2502|\u2502b\u2502\\u2502\u2502c" in lines
+    assert "a|b\u2502c" in COLORS.sub("", "\n".join(display.document_lines(look, TOKENIZER.build(), 100, color=True)))
+
+
+def test_facts_are_words(path):
+    [source] = overview(path).sources
+    operation = {"kind": "dedup", "settings": {"across_only": True, "near": {"ngram": 5}}, "datasets": [{"exact": 1}]}
+    settings = {"shard_tokens": 16777216, "threshold": hex(1 << 60)}
+    changed = replace(source, version=3, versions=(1, 2, 3), operation=operation, settings=settings)
+    origin = {"kind": "local", "bytes": 35_412, "name": ""}
+    text = "\n".join(display.overview_lines(replace(overview(path), sources=(replace(changed, origins=(origin,)),))))
+    assert "(settings (across only yes, near (ngram 5)), datasets (exact 1)); versions 1 and 2 are kept" in text
+    assert "shard tokens 16,777,216, held out 0.0625 of the documents" in text and "kind local, 35.4 kB" in text
+    assert "0x" not in text and "{" not in text
+    text = "\n".join(display.overview_lines(replace(overview(path), sources=(replace(changed, versions=(2, 3)),))))
+    assert "; version 2 is kept" in text
 
 
 @given(hyp.lists(hyp.integers(0, 1000), max_size=25))
