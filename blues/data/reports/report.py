@@ -105,8 +105,8 @@ class Report:
         if self.overlap is None or not total:
             return []
         lines = [
-            f"exact copies of another document: {total:,}; rows: documents of that split, columns: how many of them are "
-            "also in this one (in the same one: copies of an earlier one)"
+            f"exact copies of another document: {total:,}; rows: documents of that split, columns: how many of "
+            "them are also in this one (in the same one: copies of an earlier one)"
         ]
         names = [f"{place} {source} {split}" for place, (source, split) in enumerate(self.overlap.names, start=1)]
         header = ("", *map(str, range(1, len(names) + 1)))
