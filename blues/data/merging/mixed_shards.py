@@ -24,7 +24,7 @@ import xxhash
 from blues import config as cfg
 from blues.data.storage.chunks import TOKEN_TYPE, ChunkRecord, ChunkWriter, Compression
 from blues.data.storage.growing import written_at
-from blues.data.storage.manifest import encode_json
+from blues.data.storage.manifest import encode_json, parse_json
 from blues.data.storage.store import Store
 from blues.errors import DataError
 
@@ -226,7 +226,7 @@ def _record_file(partial: Path, task: int) -> Path:
 def finished(partial: Path, task: int) -> ChunkRecord | None:
     """The record of a shard that is written, or None (also if its files are not all there)."""
     try:
-        record = ChunkRecord.from_tree(json.loads(_record_file(partial, task).read_bytes()))
+        record = ChunkRecord.from_tree(parse_json(_record_file(partial, task).read_bytes()))
         whole = all((partial / of.file).stat().st_size == of.bytes for of in (record.data, record.index))
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -7,7 +7,6 @@ processes may share the tasks, and a task that was interrupted is simply done ag
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from blues import config as cfg
 from blues.data.reading.places import Place
 from blues.data.reading.readers import Document, Part, Rejected, read_part
 from blues.data.storage.chunks import ChunkRecord, ChunkWriter, Compression
-from blues.data.storage.manifest import encode_json
+from blues.data.storage.manifest import encode_json, parse_json
 from blues.data.storage.store import SPLITS
 from blues.data.tokenizer import Tokenizer
 
@@ -76,7 +75,7 @@ class TaskResult:
     def read(cls, directory: Path, number: int) -> TaskResult | None:
         """The result of task `number`, or None if it is not finished (or its files are not all there)."""
         try:
-            tree = json.loads(result_file(directory, number).read_bytes())
+            tree = parse_json(result_file(directory, number).read_bytes())
             result = cls(**{**tree, "chunks": tuple(ChunkRecord.from_tree(chunk) for chunk in tree["chunks"])})
             records = [record for chunk in result.chunks for record in (chunk.data, chunk.index)]
             whole = all((directory / record.file).stat().st_size == record.bytes for record in records)

@@ -39,7 +39,6 @@ from blues.data.reading.streams import (
     COMPRESSIONS,
     MAX_DOCUMENT_BYTES,
     codec,
-    compression_of,
 )
 from blues.errors import DataError
 
@@ -60,6 +59,7 @@ LANGUAGES = {
     **{".jl": "julia", ".hs": "haskell", ".ml": "ocaml", ".sh": "bash", ".bash": "bash", ".sql": "sql", ".zig": "zig"},
     **{".html": "html", ".css": "css", ".json": "json", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"},
 }
+KIND_OF = {**dict.fromkeys(LANGUAGES, "source"), **dict.fromkeys(TEXTS, "text"), **TABLES}
 KINDS = ("csv", "jsonl", "parquet", "text", "source")
 
 Given = TypeVar("Given")
@@ -270,12 +270,11 @@ def _most_common(ignored: Counter[str]) -> dict[str, int]:
 
 def guess_kind(name: str) -> str | None:
     """The kind of a file by its name: a member of KINDS, or None if that does not say."""
-    suffix, compressed = _inner_suffix(name), compression_of(name) is not None
-    if suffix in TABLES:
-        return None if suffix == ".parquet" and compressed else TABLES[suffix]
-    if suffix in TEXTS:
-        return "text"
-    return "source" if suffix in LANGUAGES and not compressed else None
+    stem, suffix = _split_suffix(name.rpartition("/")[2].lower())
+    if suffix not in COMPRESSIONS:
+        return KIND_OF.get(suffix)
+    inner = KIND_OF.get(_split_suffix(stem)[1])
+    return None if inner in ("parquet", "source") else inner
 
 
 def _inner_suffix(name: str) -> str:

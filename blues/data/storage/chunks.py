@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from blues import config as cfg
+from blues.data.storage.manifest import read_regular
 from blues.errors import DataError
 
 CHUNKS = "chunks"
@@ -351,7 +352,7 @@ def read_checked(directory: Path, record: FileRecord) -> bytes:
     """
     path = directory / record.file
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror}; restore it") from None
     if xxhash.xxh3_128_hexdigest(content) != record.xxh3:

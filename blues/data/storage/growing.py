@@ -7,7 +7,6 @@ interruption, but never for another request; in the end the dataset under its na
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from blues import config as cfg
 from blues.data.storage.chunks import CHUNKS, ChunkRecord
-from blues.data.storage.manifest import encode_json
+from blues.data.storage.manifest import encode_json, parse_json
 from blues.errors import DataError
 
 REQUEST = "request.json"
@@ -25,7 +24,7 @@ REQUEST = "request.json"
 def open_growing(partial: Path, request: Mapping[str, Any]) -> None:
     """Have the growing dataset of this request at `partial`; what grew there for another request is removed."""
     try:
-        same = json.loads((partial / REQUEST).read_bytes()) == request
+        same = parse_json((partial / REQUEST).read_bytes()) == request
     except (OSError, ValueError):
         same = False
     if same:

@@ -19,7 +19,6 @@ depends on the time, the machine or the number of workers that wrote it.
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +51,7 @@ from blues.data.storage.manifest import (
     is_file,
     is_text,
     is_tree,
+    parse_json,
     read_checked_json,
     require,
 )
@@ -429,7 +429,7 @@ def _read_index(path: Path, record: FileRecord) -> pa.Table:
 
 def _stored(row: Mapping[str, Any], tokens: np.ndarray) -> StoredDocument:
     try:
-        metadata = json.loads(row["metadata"])
+        metadata = parse_json(row["metadata"])
     except (TypeError, ValueError) as error:
         raise DataError(
             f"the metadata of document {row['id']!r} is no JSON ({error}); prepare the dataset again"
