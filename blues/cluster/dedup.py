@@ -95,6 +95,9 @@ def dedup(
     summary = Summary.of(stores, names, table)
     if dry_run:
         return Deduplicated(stores, stores, summary)
+    for store in stores:  # what stays in one decides what goes from another
+        if Store.open(store.path).checksum != store.checksum:
+            raise DataError(f"{str(store.path)!r} was changed while duplicates were looked for; run the command again")
     operation = {"kind": OPERATION, "settings": request.tree(), "datasets": _described(stores, summary)}
     after = []
     for name, store in zip(names, stores, strict=True):

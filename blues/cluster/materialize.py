@@ -17,7 +17,7 @@ from blues.data.merging.materialize import Materialization, Progress, find_prese
 from blues.data.merging.merge import Combination
 from blues.data.merging.mixed_shards import Settings, ShardWriter
 from blues.data.storage.chunks import TOKEN_TYPE
-from blues.data.storage.growing import written_at
+from blues.data.storage.growing import recover, written_at
 from blues.data.storage.manifest import partial_directory
 from blues.data.storage.store import Store
 from blues.data.storage.versions import exclusive
@@ -64,6 +64,7 @@ def materialize(
     request = request_of(combined, settings)
     partial = partial_directory(output)
     with exclusive(output):
+        recover(output)
         present = find_present(output, request, overwrite)
         if present is not None:
             return Materialized(present, None)

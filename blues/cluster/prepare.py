@@ -26,6 +26,7 @@ from blues.data.preparing.shards import Recipe, TaskResult, run_task
 from blues.data.reading.readers import Part
 from blues.data.reading.sources import Plan
 from blues.data.storage.chunks import Compression
+from blues.data.storage.growing import recover
 from blues.data.storage.manifest import partial_directory
 from blues.data.storage.store import Store
 from blues.data.storage.versions import exclusive
@@ -91,6 +92,7 @@ def prepare(
         ) from None
     settings = Settings(tokenizer, validation_fraction, compression)
     with exclusive(output):
+        recover(output)
         base = find_base(output, plan, settings, mode) if holds_dataset(output) and not overwrite else None
         table = files_table(plan, 0 if base is None else base.origin)
         if base is not None and mode == "prepare":

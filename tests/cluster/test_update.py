@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
@@ -154,7 +155,7 @@ def test_further_sources_are_appended_and_updated_one_by_one(raw, tmp_path):
     for split in SPLITS:
         added = [document.id for document in both.documents(split)]
         assert added[: first.num_documents(split)] == [document.id for document in first.documents(split)]
-    assert both.documents and both.manifest["documents"] == first.manifest["documents"] + 20
+    assert both.manifest["documents"] == first.manifest["documents"] + 20
     (raw / "f000.py").unlink()
     (more / "m3.py").write_text("m = 3\n")
     assert run(raw, tmp_path / "data", "update").store.manifest["documents"] == both.manifest["documents"] - 1
@@ -163,7 +164,7 @@ def test_further_sources_are_appended_and_updated_one_by_one(raw, tmp_path):
     ids = {document.id for split in SPLITS for document in last.documents(split)}
     assert "f000.py" not in ids and {"m3.py", "m4.py", "f001.py"} <= ids
 
-    with pytest.raises(DataError, match="holds a file 'blob.py' already; rename it, or use --update"):
+    with pytest.raises(DataError, match="holds a file 'blob.py' of another source already; rename it"):
         run(raw, tmp_path / "data", "append")
     (tmp_path / "other").mkdir()
     write(tmp_path / "other" / "o.py", random.Random(0))
@@ -337,3 +338,72 @@ def test_what_is_told_of_an_update(raw, tmp_path):
         prepare(sources.plan(raw, encoding="latin-1"), tmp_path / "data", TOKENIZER)
     with pytest.raises(DataError, match="is not UTF-8, which Ray needs; choose another --data-cache-dir"):
         run(raw, tmp_path / "data\udcff")
+
+
+def test_a_file_named_like_one_of_another_source_is_refused_and_nothing_is_lost(raw, tmp_path):
+    more = tmp_path / "more"
+    more.mkdir()
+    write(more / "m1.py", random.Random(1))
+    run(raw, tmp_path / "data")
+    both = run(more, tmp_path / "data", "append").store
+    write(raw / "m1.py", random.Random(2))
+    with pytest.raises(DataError, match="holds a file 'm1.py' of another source already; rename it"):
+        run(raw, tmp_path / "data", "update")
+    assert Store.open(tmp_path / "data").checksum == both.checksum
+
+
+def test_a_border_that_was_moved_is_remembered_when_data_are_appended(tmp_path):
+    few, more = tmp_path / "few", tmp_path / "more"
+    few.mkdir()
+    more.mkdir()
+    (few / "a.py").write_text("a = 1\n")
+    first = run(few, tmp_path / "data", validation_fraction=0.9).store
+    for number in range(30):
+        write(more / f"m{number}.py", random.Random(number))
+    both = run(more, tmp_path / "data", "append", validation_fraction=0.9).store
+    moved = first.manifest["settings"]["threshold"] != hex(building.Split.fraction(0.9).threshold)
+    assert moved and both.manifest["settings"]["threshold"] == first.manifest["settings"]["threshold"]
+    (few / "a.py").write_text("a = 2\n")
+    assert run(few, tmp_path / "data", "update", validation_fraction=0.9).store.manifest["operation"]["all_again"]
+
+
+@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_while_a_dataset_takes_its_name_loses_neither_the_old_nor_the_new(
+    raw, tmp_path, monkeypatch, moment, overwrite
+):
+    """A stop before each rename: the next command ends at the new dataset, and reads nothing again once it is whole."""
+    if overwrite:
+        run(raw, tmp_path / "data")
+        write(raw / "f001.py", random.Random(5))
+    rename, calls = Path.rename, []
+
+    def stop(path, target):
+        if "versions" not in str(target):
+            calls.append(target)
+            if len(calls) > moment:
+                raise Interrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with contextlib.suppress(Interrupt):
+            run(raw, tmp_path / "data", overwrite=overwrite)
+    with monkeypatch.context() as patch:
+        if not (overwrite and moment == 0):  # then the old dataset is still there, and asked to be replaced once more
+            patch.setattr(preparing, "run_task", lambda *_: pytest.fail("read again"))
+        again = run(raw, tmp_path / "data", overwrite=overwrite and moment == 0).store
+    assert_same(again, run(raw, tmp_path / "fresh").store)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "fresh", "raw"]
+
+
+def test_a_link_to_a_dataset_is_the_dataset(raw, tmp_path):
+    run(raw, tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "data")
+    with versions.exclusive(tmp_path / "data"), pytest.raises(DataError, match="another process is writing at"):
+        run(raw, tmp_path / "elsewhere" / "link", overwrite=True)
+    write(raw / "f001.py", random.Random(5))
+    run(raw, tmp_path / "elsewhere" / "link", overwrite=True)
+    assert (tmp_path / "elsewhere" / "link").is_symlink()
+    assert_same(Store.open(tmp_path / "data"), run(raw, tmp_path / "fresh").store)

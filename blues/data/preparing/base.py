@@ -122,19 +122,28 @@ def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
     names = [source["name"] for source in manifest["sources"]]
     if mode == "append":
         base = Base(newest, raw, len(names))
-        known = set(base.files["file"].to_pylist())
-        again = next((file.file for file in plan.files if file.file in known), None)
-        if again is not None:
-            raise DataError(
-                f"{str(output)!r} holds a file {again!r} already; rename it, or use --update to read changed files anew"
-            )
+        _refuse_names_of_others(base, plan)
         return base
     if len(names) > 1 and names.count(plan.name) != 1:
         raise DataError(
             f"{str(output)!r} is made of several sources and none of them is {plan.name!r}: {', '.join(names)}; "
             "name one of those to update it, or --append to add another"
         )
-    return Base(newest, raw, names.index(plan.name) if len(names) > 1 else 0)
+    base = Base(newest, raw, names.index(plan.name) if len(names) > 1 else 0)
+    _refuse_names_of_others(base, plan)
+    return base
+
+
+def _refuse_names_of_others(base: Base, plan: Plan) -> None:
+    """Raise if a file of the plan has the name of one of another source: a document names its file, not its source."""
+    others = base.files.filter(pc.not_equal(base.files["origin"], base.origin))
+    known = set(others["file"].to_pylist())
+    again = next((file.file for file in plan.files if file.file in known), None)
+    if again is not None:
+        raise DataError(
+            f"{str(base.newest.path)!r} holds a file {again!r} of another source already; rename it, or use --update "
+            "with that source to read its changed files anew"
+        )
 
 
 def holds_dataset(output: Path) -> bool:

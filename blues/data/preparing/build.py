@@ -228,7 +228,7 @@ class Build:
             tokenizer=self.settings.tokenizer,
             operation=operation,
             chunks=chunks,
-            settings=self.settings.tree() | {"threshold": hex(self.split.threshold)},
+            settings=self.settings.tree() | {"threshold": self._threshold},
             sources=self._sources(),
             files=self._all_files(),
             rejected=rejected,
@@ -245,6 +245,14 @@ class Build:
         store = versions.write_version(output, self.base.newest.version + 1, draft)
         shutil.rmtree(self.partial)
         return store
+
+    @property
+    def _threshold(self) -> str:
+        """What the splits go by. If documents of other sources stay as an unusual border left them, it is that one, so
+        that the next update knows."""
+        if self.base is not None and self._split_of_base_moved and len(self.base.own_files) < len(self.base.files):
+            return self.base.raw.manifest["settings"]["threshold"]
+        return hex(self.split.threshold)
 
     def _sources(self) -> list[Mapping[str, Any]]:
         sources = [] if self.base is None else list(self.base.raw.manifest["sources"])

@@ -29,6 +29,7 @@ TASKS = "tasks"
 """Where the results lie while a dataset is being made."""
 
 HASH_RANGE = 1 << 64
+REJECTED_CHARACTERS = 256  # what a rejected row counts for in it
 BATCH_CHARACTERS = 1 << 20
 """Text that is held and tokenized at a time."""
 
@@ -158,9 +159,10 @@ def _batches(place: Place, parts: Sequence[Part]) -> Iterator[tuple[list[Documen
         for record in read_part(place, part):
             if isinstance(record, Rejected):
                 rejected.append(record)
-                continue
-            documents.append(record)
-            size += len(record.text)
+                size += REJECTED_CHARACTERS
+            else:
+                documents.append(record)
+                size += len(record.text)
             if size >= BATCH_CHARACTERS:
                 yield documents, rejected
                 documents, rejected, size = [], [], 0

@@ -189,6 +189,11 @@ def _open(owner: object, path: str) -> int:
     return descriptor
 
 
+def _announce(descriptor: int, start: int, size: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # not on macOS, where reading simply waits
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+
+
 class RawReader:
     """Tokens of an uncompressed chunk by position. Reads from the file and keeps nothing in memory."""
 
@@ -199,7 +204,7 @@ class RawReader:
     def announce(self, start: int, count: int) -> None:
         """Have the system begin to read tokens that will be asked for, beside others that it reads."""
         size = TOKEN_TYPE.itemsize
-        os.posix_fadvise(self._descriptor, start * size, count * size, os.POSIX_FADV_WILLNEED)
+        _announce(self._descriptor, start * size, count * size)
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out` (bytes) with the tokens from number `start` on."""
@@ -244,7 +249,7 @@ class ZstdReader:
         """Have the system begin to read tokens that will be asked for, beside others that it reads."""
         first, last = (min(place // FRAME_TOKENS, len(self._lengths) - 1) for place in (start, start + count - 1))
         begin, end = int(self._offsets[first]), int(self._offsets[last + 1])
-        os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        _announce(self._descriptor, begin, end - begin)
 
     def read_into(self, out: memoryview, start: int) -> None:
         """Fill `out` (bytes) with the tokens from number `start` on."""

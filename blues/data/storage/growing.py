@@ -14,7 +14,7 @@ from typing import Any
 
 from blues import config as cfg
 from blues.data.storage.chunks import CHUNKS, ChunkRecord
-from blues.data.storage.manifest import encode_json, parse_json
+from blues.data.storage.manifest import MANIFEST, encode_json, parse_json, partial_directory
 from blues.errors import DataError
 
 REQUEST = "request.json"
@@ -59,11 +59,28 @@ def take_name(partial: Path, output: Path, chunks: Iterable[ChunkRecord], scratc
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    (partial / REQUEST).unlink()
-    replaced = output.with_name(f".{output.name}.replaced")
+    (partial / REQUEST).unlink(missing_ok=True)
+    output, replaced = output.resolve(), _replaced(output)
     shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():
         output.rename(replaced)
     partial.rename(output)
-    cfg.fsync_folder(output.absolute().parent)
+    cfg.fsync_folder(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(output: Path) -> None:
+    """Finish what a process that was killed in `take_name` left, or take it back: called by whoever has the lock."""
+    partial, replaced = partial_directory(output), _replaced(output)
+    if not output.exists():
+        if (partial / MANIFEST).exists() and not (partial / REQUEST).exists():
+            partial.rename(output.resolve())
+        elif replaced.exists():
+            replaced.rename(output.resolve())
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(output: Path) -> Path:
+    """Where a dataset lies while another takes its place."""
+    place = output.resolve()
+    return place.with_name(f".{place.name}.replaced")

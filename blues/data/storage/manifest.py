@@ -206,4 +206,5 @@ def _why_not_a_dataset(directory: Path, name: str, error: OSError) -> str:
 
 def partial_directory(directory: Path) -> Path:
     """Where a dataset grows until it is whole and gets its name."""
-    return directory.absolute().with_name(f".{directory.absolute().name}.partial")
+    place = directory.resolve()  # through a link it is the same one, also for whoever names it differently
+    return place.with_name(f".{place.name}.partial")

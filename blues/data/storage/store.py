@@ -140,7 +140,7 @@ class Store:
             DataError: not a dataset, an edited or unreadable manifest, a missing file or one of the wrong size, a
                 version that is not there.
         """
-        path, number = split_version(path)
+        path, number = split_version(path) if checksum is None else (Path(path), None)
         store = cls.of(path, _find_manifest(path, number, checksum))
         damage = next(store.wrong_sizes(), None) if check_sizes else None
         if damage is not None:
@@ -174,7 +174,7 @@ class Store:
         return cls(path, manifest, tokenizer, chunks, segments, starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store.open, (f"{self.path.absolute()}@{self.version}",)  # the other process may work in another folder
+        return _reopen, (self.path.absolute(), self.checksum)  # the other process may work in another folder
 
     @property
     def version(self) -> int:
@@ -287,10 +287,12 @@ class Store:
 
     def documents(self, split: str) -> Iterator[StoredDocument]:
         """The documents of a split in order."""
-        for chunk, first, documents, start, _ in self.segments[_known(split)].tolist():
-            tokens, rows = self.chunk(split, chunk), self.index(split, chunk).slice(first, documents).to_pylist()
-            for row in rows:
-                yield _stored(row, np.array(tokens[start : row["end"]]))
+        for chunk, first, documents, begin, count in self.segments[_known(split)].tolist():
+            tokens, start = np.empty(count, dtype=TOKEN_TYPE), begin
+            if count:
+                self._reader(split, chunk).read_into(tokens.data.cast("B"), begin)
+            for row in self.index(split, chunk).slice(first, documents).to_pylist():
+                yield _stored(row, tokens[start - begin : row["end"] - begin].copy())
                 start = row["end"]
 
     def document(self, split: str, number: int) -> StoredDocument:
@@ -350,6 +352,10 @@ class Store:
                 continue
             if size != record.bytes:
                 yield Issue(record.file, f"holds {size:,} bytes where the manifest says {record.bytes:,}")
+
+
+def _reopen(path: Path, checksum: str) -> Store:
+    return Store.open(path, checksum=checksum)
 
 
 def content_fingerprint(store: Store, digests: Mapping[str, np.ndarray] | None = None) -> str:

@@ -85,6 +85,7 @@ def write_version(directory: Path, number: int, draft: Draft) -> Store:
         signed = write_checked_json(growing / MANIFEST, manifest)
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not become a version
         growing.rename(folder)
+        cfg.fsync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(growing, ignore_errors=True)
         raise

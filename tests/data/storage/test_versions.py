@@ -199,3 +199,9 @@ def test_segments_that_lie_outside_of_their_chunks_are_refused(store, column, va
     write_checked_json(store.path / MANIFEST, tree)
     with pytest.raises(DataError, match=f"segments.parquet' cannot be used \\({words}\\)"):
         Store.open(store.path)
+
+
+def test_a_store_pickles_as_what_it_is_whatever_lies_beside_it(tmp_path):
+    first = Store.open(make_store(tmp_path / "code", train=[["one"]]))
+    make_store(tmp_path / "code@1", train=[["another"]])
+    assert pickle.loads(pickle.dumps(first)).fingerprint == first.fingerprint
