@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blues.model.context import History
+
 
 class Cache:
     """A preallocated key-value cache that grows by doubling; implements `blues.model.attention.layer.KVCache`.
@@ -41,6 +43,8 @@ class Cache:
         self.v_LBSGC = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * rows
         """Tokens held per row."""
+        self.history = History()
+        """What routers remember of these tokens."""
 
     @property
     def length(self) -> int:
@@ -104,3 +108,4 @@ class Cache:
         index = torch.tensor(list(rows), device=self.k_LBSGC.device)
         self.k_LBSGC, self.v_LBSGC = self.k_LBSGC[:, index], self.v_LBSGC[:, index]
         self.lengths = [self.lengths[row] for row in rows]
+        self.history.select(list(rows))

@@ -7,6 +7,9 @@ Every implementation has the signature `(x_TD, ids_TK, weights_TK, gate_up_EGD, 
 expert's gate in its first F rows and its up projection in the last F. No expert has a capacity and no token is dropped
 (MegaBlocks, arXiv 2211.15841). Experts without a token get a gradient of zeros.
 
+An id of E or more is a slot without an expert: it adds nothing, and neither its weight nor its token gets a gradient
+from it. A token may have several such slots, so tokens can have different numbers of experts.
+
 Legend: T tokens, K experts per token, N = T*K pairs, D width, E experts, F expert width, G = 2F.
 """
 
@@ -46,8 +49,8 @@ def experts_sorted(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD
     The sizes of the groups are read by the host: on an accelerator this waits for it once a layer.
     """
     order = sort_by_expert(ids_TK, gate_up_EGD.shape[0])
-    x_ND = gather_tokens(x_TD, order)
     counts = order.counts_E.tolist()
+    x_ND = gather_tokens(x_TD, order, sum(counts))
     # unbind, unlike indexing, gives the stacked matrices one gradient instead of one full-size gradient per expert.
     y_ND = torch.cat(
         [
@@ -63,7 +66,11 @@ def experts_sorted(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD
 def experts_grouped_mm(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """Sort by expert, then two grouped products over all experts. The host never waits; compiles without a break."""
+    """Sort by expert, then two grouped products over all experts. The host never waits; compiles without a break.
+
+    Rows of slots without an expert lie behind the last group: grouped_mm leaves them as the memory was, not numbers
+    perhaps, forward and backward. `combine` and the gradient of `gather_tokens` leave them out.
+    """
     order = sort_by_expert(ids_TK, gate_up_EGD.shape[0])
     offsets_E = order.counts_E.cumsum(0, dtype=torch.int32)
     dtype = matmul_dtype(x_TD)  # autocast does not reach grouped_mm
@@ -82,12 +89,15 @@ EXPERTS: dict[str, Experts] = {
 
 
 class Order(NamedTuple):
-    """The N = T*K token-expert pairs sorted by expert; pairs of one expert keep the order of their tokens."""
+    """The N = T*K token-expert pairs sorted by expert; pairs of one expert keep the order of their tokens, and pairs
+    without an expert come last."""
 
     pairs_N: Tensor
     """Sorted place -> pair t*K + k."""
     places_N: Tensor
     """Pair -> sorted place: the inverse permutation."""
+    unused_N: Tensor
+    """Pair -> whether it has no expert."""
     counts_E: Tensor
     """Pairs of each expert (int64)."""
     top_k: int
@@ -98,7 +108,8 @@ def sort_by_expert(ids_TK: Tensor, num_experts: int) -> Order:
     ids_N = ids_TK.reshape(-1)
     pairs_N = ids_N.argsort(stable=True)
     places_N = torch.empty_like(pairs_N).scatter_(0, pairs_N, torch.arange(len(ids_N), device=ids_N.device))
-    return Order(pairs_N, places_N, count_per_expert(ids_TK, num_experts), ids_TK.shape[1])
+    counts_E = count_per_expert(ids_TK, num_experts)
+    return Order(pairs_N, places_N, ids_N >= num_experts, counts_E, ids_TK.shape[1])
 
 
 def count_per_expert(ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -107,15 +118,25 @@ def count_per_expert(ids_TK: Tensor, num_experts: int) -> Tensor:
     return (ids_TK.reshape(-1, 1) == experts_E).sum(dim=0)
 
 
-def gather_tokens(x_TD: Tensor, order: Order) -> Tensor:
-    """`x_ND`: each pair's token in the order of the experts."""
-    return _GatherTokens.apply(x_TD, order.pairs_N, order.places_N, order.top_k)
+def gather_tokens(x_TD: Tensor, order: Order, rows: int | None = None) -> Tensor:
+    """`x_ND`: each pair's token in the order of the experts; only the first `rows` of them if given."""
+    return _GatherTokens.apply(x_TD, order.pairs_N[:rows], order.places_N, order.unused_N, order.top_k)
 
 
 def combine(y_ND: Tensor, order: Order, weights_TK: Tensor) -> Tensor:
-    """`y_TD`: each token's weighted sum of its experts' outputs, added in float32 or better."""
-    y_TKD = _Permute.apply(y_ND, order.places_N, order.pairs_N).unflatten(0, (-1, order.top_k))
+    """`y_TD`: each token's weighted sum of its experts' outputs, added in float32 or better.
+
+    Rows of pairs without an expert may hold anything, or be missing."""
+    y_TKD = _PairRows.apply(y_ND, order.places_N, order.pairs_N, order.unused_N).unflatten(0, (-1, order.top_k))
     return (at_least_float32(y_TKD) * weights_TK[..., None]).sum(dim=1).to(y_ND.dtype)
+
+
+def _rows_of_pairs(rows_UD: Tensor, places_N: Tensor, unused_N: Tensor) -> Tensor:
+    """Sorted rows in the order of the pairs, zeros for those without an expert (whose rows may be missing)."""
+    missing = len(places_N) - len(rows_UD)
+    if missing:
+        rows_UD = F.pad(rows_UD, (0, 0, 0, missing))
+    return rows_UD.index_select(0, places_N).masked_fill_(unused_N[:, None], 0)
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -123,29 +144,29 @@ class _GatherTokens(torch.autograd.Function):
     (slow on the CPU, in an order that varies on CUDA)."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, pairs_N: Tensor, places_N: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(places_N)
+    def forward(ctx: Any, x_TD: Tensor, pairs_U: Tensor, places_N: Tensor, unused_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(places_N, unused_N)
         ctx.top_k = top_k
-        return x_TD.index_select(0, pairs_N // top_k)
+        return x_TD.index_select(0, pairs_U // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_UD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad_ND = _rows_of_pairs(grad_UD, *ctx.saved_tensors)
+        return grad_ND.unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None, None
+
+
+class _PairRows(torch.autograd.Function):
+    """`_rows_of_pairs`, with a gradient that gathers by the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, y_UD: Tensor, places_N: Tensor, pairs_N: Tensor, unused_N: Tensor) -> Tensor:
+        ctx.save_for_backward(pairs_N[: len(y_UD)])
+        return _rows_of_pairs(y_UD, places_N, unused_N)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        (places_N,) = ctx.saved_tensors
-        return grad_ND.index_select(0, places_N).unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows y[index]; `inverse` is the inverse permutation, by which the gradient gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, index_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_N)
-        return y_ND.index_select(0, index_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_N,) = ctx.saved_tensors
-        return grad_ND.index_select(0, inverse_N), None, None
+        (pairs_U,) = ctx.saved_tensors
+        return grad_ND.index_select(0, pairs_U), None, None, None
 
 
 def resolve(dispatch: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from blues.model.attention.layer import Attention, KVCache, View
+from blues.model.context import Context
 from blues.model.layers import RMSNorm, SwiGLU
 from blues.model.moe.layer import MoE
-from blues.model.moe.routers import Routing
+from blues.model.moe.routing import Routing
 
 
 class Block(nn.Module):
@@ -45,11 +46,13 @@ class Block(nn.Module):
         else:
             self.feed_forward = moe.build(dim=dim, **drawn)
 
-    def forward(self, x_BTD: Tensor, view: View, cache: KVCache | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTD: Tensor, view: View, context: Context, cache: KVCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> (B, T, D) and the routing of a mixture."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), view, cache, self.layer)
         hidden_BTD = self.feed_forward_norm(x_BTD)
         if isinstance(self.feed_forward, MoE):
-            y_BTD, routing = self.feed_forward(hidden_BTD)
+            y_BTD, routing = self.feed_forward(hidden_BTD, context)
             return x_BTD + y_BTD, routing
         return x_BTD + self.feed_forward(hidden_BTD), None

@@ -2,7 +2,20 @@
 
 In: the `Routing` of each mixture layer, the cross-entropy. Out: scalars.
 
-Legend: T tokens, K experts per token, E experts.
+Load balancing has a scope: the tokens among which the load is to be even. All of them have the same scale (1 when
+balanced) and a gradient through the mean probabilities alone; over the micro batches and workers of an update the
+trainer takes the mean of their losses.
+
+- `micro_batch`: the tokens of one forward. The mean over an update is not the loss of one large batch, because the
+  product of two means is not linear; the smaller the micro batch, the stricter it is.
+- `sequence`: each row of the batch by itself (DeepSeek-V2, arXiv 2405.04434, sec. 2.1.3), then the mean over rows.
+  Exact: loss and gradient of an update do not depend on how its rows are spread over micro batches and workers.
+- `global_batch`: the load is counted over all workers and over the micro batches of the update so far (arXiv
+  2501.11873); the probabilities are those of this forward. Exact over workers: with one micro batch per update, loss
+  and gradient are those of one large batch. Over micro batches it is exact where their loads are equal; otherwise
+  early micro batches know only the load up to them, and only the last one that of the whole update.
+
+Legend: B rows of the batch, T tokens, K experts per token, E experts.
 """
 
 from __future__ import annotations
@@ -11,10 +24,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from blues.kernels.moe_experts import count_per_expert
-from blues.model.moe.routers import Routing
+from blues.model.moe.layer import Scope
+from blues.model.moe.routing import Routing
 
 
 class Losses(NamedTuple):
@@ -29,15 +44,50 @@ class Losses(NamedTuple):
     """Mean over tokens and mixture layers of logsumexp(logits) squared; 0 without any."""
 
 
-def load_balancing_loss(routing: Routing) -> Tensor:
+class UpdateLoad:
+    """How many tokens each expert of each mixture layer got in the update so far, over all workers."""
+
+    def __init__(self) -> None:
+        self._counts_N: Tensor | None = None
+
+    def reset(self) -> None:
+        """A new update begins."""
+        self._counts_N = None
+
+    def add(self, counts_LE: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Add one forward's counts (one tensor per layer) and return those of the update so far. All workers call it
+        together; one reduction for all layers."""
+        counts_N = torch.cat(list(counts_LE))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(counts_N)
+        if self._counts_N is not None:
+            counts_N = counts_N + self._counts_N
+        self._counts_N = counts_N
+        return counts_N.split([len(counts_E) for counts_E in counts_LE])
+
+
+def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
     """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4-6, for top-k).
 
-    f_e is the share of the T*K assignments that expert e got, P_e its mean clean probability, so perfect balance gives
-    1 for every K. The gradient flows through P_e alone.
+    f_e is the share of the assignments that expert e got (of `counts_E` if given, else of this routing's own, T*K if
+    every slot holds an expert), P_e its mean clean probability, so perfect balance gives 1 for every K. The gradient
+    flows through P_e alone.
     """
     num_experts = routing.probs_TE.shape[1]
-    share_E = count_per_expert(routing.ids_TK, num_experts) / routing.ids_TK.numel()
+    if counts_E is None:
+        counts_E = count_per_expert(routing.ids_TK, num_experts)
+    share_E = counts_E / counts_E.sum().clamp(min=1)
     return num_experts * (share_E * routing.probs_TE.mean(dim=0)).sum()
+
+
+def sequence_balancing_loss(routing: Routing, rows: int) -> Tensor:
+    """The mean over the `rows` rows of the batch of `load_balancing_loss` of each."""
+    num_experts = routing.probs_TE.shape[1]
+    ids_BTK, probs_BTE = routing.ids_TK.unflatten(0, (rows, -1)), routing.probs_TE.unflatten(0, (rows, -1))
+    experts_E = torch.arange(num_experts, device=ids_BTK.device)
+    counts_BE = (ids_BTK.flatten(1)[..., None] == experts_E).sum(dim=1)
+    share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    return num_experts * (share_BE * probs_BTE.mean(dim=1)).sum(dim=1).mean()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -46,13 +96,35 @@ def router_z_loss(routing: Routing) -> Tensor:
 
 
 def combine_losses(
-    cross_entropy: Tensor, routings: Sequence[Routing], *, load_balancing_weight: float, router_z_weight: float
+    cross_entropy: Tensor,
+    routings: Sequence[Routing],
+    *,
+    load_balancing_weight: float,
+    router_z_weight: float,
+    scope: Scope = "micro_batch",
+    rows: int = 1,
+    load: UpdateLoad | None = None,
 ) -> Losses:
-    """The total that training minimizes and its parts."""
+    """The total that training minimizes and its parts; routers' own penalties are in the total alone.
+
+    Args:
+        rows: of the batch, for the scope `sequence`.
+        load: of the update so far, for the scope `global_batch`; None: this batch is the whole update.
+    """
     if not routings:
         zero = torch.zeros_like(cross_entropy)
         return Losses(cross_entropy, cross_entropy.detach(), zero, zero)
-    balance = torch.stack([load_balancing_loss(routing) for routing in routings]).mean()
+    if scope == "sequence":
+        balances = [sequence_balancing_loss(routing, rows) for routing in routings]
+    elif scope == "global_batch" and load is not None:
+        counts = load.add([count_per_expert(routing.ids_TK, routing.probs_TE.shape[1]) for routing in routings])
+        balances = [load_balancing_loss(*pair) for pair in zip(routings, counts, strict=True)]
+    else:
+        balances = [load_balancing_loss(routing) for routing in routings]
+    balance = torch.stack(balances).mean()
     z = torch.stack([router_z_loss(routing) for routing in routings]).mean()
     total = cross_entropy + load_balancing_weight * balance + router_z_weight * z
+    penalties = [routing.penalty for routing in routings if routing.penalty is not None]
+    if penalties:
+        total = total + torch.stack(penalties).sum() / len(routings)
     return Losses(total, cross_entropy.detach(), balance.detach(), z.detach())

@@ -33,10 +33,11 @@ from blues.model.attention import backends
 from blues.model.attention.layer import Attention, KVCache, make_view
 from blues.model.attention.patterns import AttentionPattern
 from blues.model.block import Block
+from blues.model.context import Context, KeepsHistory, Past
 from blues.model.layers import Linear, RMSNorm
-from blues.model.losses import Losses, combine_losses
-from blues.model.moe.layer import MoE
-from blues.model.moe.routers import Routing
+from blues.model.losses import Losses, UpdateLoad, combine_losses
+from blues.model.moe.layer import MoE, mixtures
+from blues.model.moe.routing import Routing
 from blues.model.rope import RotaryEmbedding
 
 
@@ -63,6 +64,8 @@ class Transformer(nn.Module, cfg.Configurable):
         attention: Attention.Config = Attention.Config()
         ffn_dim: int = 2048
         moe: MoE.Config | None = MoE.Config()
+        experts_per_layer: tuple[int, ...] | None = None
+        """Experts of each mixture layer, as pruning leaves them; None: `moe.num_experts` in all."""
         norm_eps: float = 1e-6
         tie_embeddings: bool = True
         init_std: float = 0.02
@@ -76,6 +79,12 @@ class Transformer(nn.Module, cfg.Configurable):
             for name in ("norm_eps", "init_std"):
                 if getattr(self, name) <= 0:
                     raise ConfigError(f"{name}: must be positive, got {getattr(self, name)}")
+            mixtures = sum(is_mixture(self, layer) for layer in range(self.num_layers))
+            if self.experts_per_layer is not None and len(self.experts_per_layer) != mixtures:
+                raise ConfigError(
+                    f"experts_per_layer: must have one number for each of the {mixtures} mixture layers, got "
+                    f"{len(self.experts_per_layer)}"
+                )
 
     config: Config
 
@@ -93,7 +102,7 @@ class Transformer(nn.Module, cfg.Configurable):
                 dim=config.dim,
                 attention=config.attention,
                 ffn_dim=config.ffn_dim,
-                moe=config.moe if is_mixture(config, layer) else None,
+                moe=mixture_config(config, layer),
                 norm_eps=config.norm_eps,
                 std=std,
                 # 2 * num_layers additions to the residual stream: its variance stays independent of depth (GPT-2).
@@ -117,8 +126,11 @@ class Transformer(nn.Module, cfg.Configurable):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        languages: Tensor | None = None,
+        progress: float = 1.0,
         num_logits: int | None = None,
         num_targets: float | None = None,
+        load: UpdateLoad | None = None,
     ) -> ModelOutput:
         """Read tokens.
 
@@ -130,7 +142,10 @@ class Transformer(nn.Module, cfg.Configurable):
             positions: `positions_BT` of the tokens, by default counting on from `cache.length` (from 0 without one).
                 With a cache, the key of slot j is at position j.
             documents: `documents_BT`, numbers; attention stays among tokens of a row that have the same one.
+            languages: `languages_BT`, the number of each token's language; 0 (and None) for unknown.
+            progress: share of the training that is done, which schedules go by.
             num_logits: logits of the last `num_logits` tokens only (1 is enough to go on from a prompt).
+            load: of the update so far, for load balancing over the global batch.
             num_targets: what the summed cross-entropy is divided by, instead of the targets that count here. Given the
                 mean over the micro batches of an update, the mean of their losses is that of one large batch, however
                 the targets are spread over them.
@@ -138,7 +153,9 @@ class Transformer(nn.Module, cfg.Configurable):
         Raises:
             ValueError: documents together with a cache.
         """
-        x_BTD, routing = self.hidden(tokens_BT, cache=cache, positions=positions, documents=documents)
+        x_BTD, routing = self.hidden(
+            tokens_BT, cache=cache, positions=positions, documents=documents, languages=languages, progress=progress
+        )
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
             if num_logits is not None:
@@ -148,14 +165,22 @@ class Transformer(nn.Module, cfg.Configurable):
         cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
         if num_targets is not None:
             cross_entropy = cross_entropy * ((targets_BT != IGNORED).sum().to(cross_entropy.dtype) / num_targets)
-        moe = self.config.moe
-        losses = combine_losses(
+        return ModelOutput(None, self._losses(cross_entropy, routing, len(tokens_BT), load), routing)
+
+    def _losses(
+        self, cross_entropy: Tensor, routing: tuple[Routing, ...], rows: int, load: UpdateLoad | None
+    ) -> Losses:
+        moe, layers = self.config.moe, mixtures(self)
+        by_loss = moe is not None and bool(layers) and layers[0][1].router.balanced_by == "loss"
+        return combine_losses(
             cross_entropy,
             routing,
-            load_balancing_weight=moe.load_balancing_weight if moe else 0.0,
+            load_balancing_weight=moe.load_balancing_weight if moe and by_loss else 0.0,
             router_z_weight=moe.router_z_weight if moe else 0.0,
+            scope=moe.load_balancing_scope if moe else "micro_batch",
+            rows=rows,
+            load=load,
         )
-        return ModelOutput(None, losses, routing)
 
     def hidden(
         self,
@@ -164,6 +189,8 @@ class Transformer(nn.Module, cfg.Configurable):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        languages: Tensor | None = None,
+        progress: float = 1.0,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """`x_BTD` after the final norm, and the routing of every mixture layer. Arguments as in `forward`."""
         view = make_view(
@@ -175,15 +202,18 @@ class Transformer(nn.Module, cfg.Configurable):
             positions_BT=positions,
             documents_BT=documents,
         )
+        context = Context(tokens_BT, documents, languages, progress, _past(tokens_BT, cache, positions))
         x_BTD = self.embedding(tokens_BT)
         routings: list[Routing] = []
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 # The random state is restored for the second run, so the routers draw the same noise again.
-                x_BTD, routing = checkpoint(block, x_BTD, view, cache, use_reentrant=False, context_fn=_keep_decisions)
+                x_BTD, routing = checkpoint(
+                    block, x_BTD, view, context, cache, use_reentrant=False, context_fn=_keep_decisions
+                )
             else:
-                x_BTD, routing = block(x_BTD, view, cache)
+                x_BTD, routing = block(x_BTD, view, context, cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x_BTD), tuple(routings)
@@ -210,12 +240,10 @@ class Transformer(nn.Module, cfg.Configurable):
 
     def num_active_parameters(self) -> int:
         """Parameters that one token uses: all but the experts it is not routed to."""
-        config = self.config
-        if config.moe is None:
+        if self.config.moe is None:
             return self.num_parameters()
-        idle = config.moe.num_experts - config.moe.top_k
-        mixtures = sum(is_mixture(config, layer) for layer in range(config.num_layers))
-        return self.num_parameters() - mixtures * idle * 3 * config.dim * config.moe.ffn_dim
+        idle = sum(moe.experts.num_experts - moe.config.top_k for _, moe in mixtures(self))
+        return self.num_parameters() - idle * 3 * self.config.dim * self.config.moe.ffn_dim
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of training per token, forward and backward (PaLM, arXiv 2204.02311, app. B).
@@ -228,6 +256,16 @@ class Transformer(nn.Module, cfg.Configurable):
         lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
         attention = 6 * config.num_layers * config.attention.num_heads * config.attention.head_dim * seq_len
         return 6 * (self.num_active_parameters() - lookup) + attention
+
+
+def _past(tokens_BT: Tensor, cache: KVCache | None, positions_BT: Tensor | None) -> Past | None:
+    """Where these tokens lie in `cache`."""
+    if cache is None:
+        return None
+    if positions_BT is None:
+        start, (B, T) = cache.length, tokens_BT.shape
+        positions_BT = torch.arange(start, start + T, device=tokens_BT.device).expand(B, T)
+    return Past(positions_BT, cache.history if isinstance(cache, KeepsHistory) else None)
 
 
 def _keep_decisions() -> tuple[Any, Any]:
@@ -243,3 +281,13 @@ def _keep_decisions() -> tuple[Any, Any]:
 def is_mixture(config: Transformer.Config, layer: int) -> bool:
     """Whether `layer` (from 0) is a mixture of experts."""
     return config.moe is not None and (layer + 1) % config.moe.every == 0
+
+
+def mixture_config(config: Transformer.Config, layer: int) -> MoE.Config | None:
+    """The configuration of `layer`'s mixture with its own number of experts; None for a dense layer."""
+    if config.moe is None or not is_mixture(config, layer):
+        return None
+    if config.experts_per_layer is None:
+        return config.moe
+    num_experts = config.experts_per_layer[sum(is_mixture(config, earlier) for earlier in range(layer))]
+    return config.moe.replace(num_experts=num_experts, top_k=min(config.moe.top_k, num_experts))

@@ -1,6 +1,6 @@
 """What the router did, in numbers: expert load, its balance, and how undecided the router is.
 
-In: the `Routing` of each mixture-of-experts layer (blues/model/moe/routers.py), as the model's forward returns it.
+In: the `Routing` of each mixture-of-experts layer (blues/model/moe/routing.py), as the model's forward returns it.
 Out: an `ExpertSummary` of plain floats, and the same as named metrics.
 
 Counts stay on the routing's device and are added up there; `ExpertStatistics.read` copies them to the host once.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class RoutingLike(Protocol):
-    """The two fields of `blues.model.moe.routers.Routing` that are counted."""
+    """The two fields of `blues.model.moe.routing.Routing` that are counted."""
 
     @property
     def ids_TK(self) -> Tensor: ...

@@ -29,9 +29,11 @@ from torch import Tensor
 from blues import config as cfg
 from blues.data.mixture.batches import Batch, Mixture, rank_indices
 from blues.errors import ConfigError, TrainingError
-from blues.model.moe.layer import MoE
-from blues.model.transformer import Transformer, is_mixture
+from blues.model.losses import UpdateLoad
+from blues.model.moe.layer import MoE, mixtures
+from blues.model.transformer import Transformer
 from blues.tracking.metrics import ExpertStatistics
+from blues.training.adaptation import RouterAdaptation
 from blues.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -176,11 +178,11 @@ class _Loop:
         if trainer.validation_data is not None and config.validation_samples:
             samples, size = config.validation_samples, config.micro_batch_size
             self.validation = Validation(trainer.validation_data, samples, size, ranks)
-        moe = self.model.config.moe
         self.experts = None
-        if moe is not None:
-            layers = [i for i in range(self.model.config.num_layers) if is_mixture(self.model.config, i)]
-            self.experts = ExpertStatistics(layers, moe.num_experts, ranks.device) if layers else None
+        if layers := mixtures(self.model):
+            most = max(moe.experts.num_experts for _, moe in layers)
+            self.experts = ExpertStatistics([layer for layer, _ in layers], most, ranks.device)
+        self.adaptation, self.load = RouterAdaptation(self.model), UpdateLoad()
         self.losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=ranks.device)
         self._restart_clock()
 
@@ -228,10 +230,17 @@ class _Loop:
                 self.experts.reset()
 
         num_targets = self._targets_per_micro_batch(self.step - 1)
+        self.load.reset()
 
         def micro_batch(index: int) -> Tensor:
             torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
-            output = self._forward(next(micro_batches), num_targets)
+            output = self._forward(
+                next(micro_batches),
+                num_targets=num_targets,
+                progress=(self.step - 1) / self.config.steps,
+                load=self.load,
+            )
+            self.adaptation.add(output.routing)
             if log:
                 self.losses += torch.stack([getattr(output.losses, name) for name in LOSSES]).detach()
                 if self.experts is not None:
@@ -246,6 +255,7 @@ class _Loop:
                 f"training.optimizer.lr, raise training.schedule.warmup_steps or clip harder "
                 f"(training.gradient_clipping), and start with --fresh or another --run-dir"
             )
+        self.adaptation.finish()
         if log:
             self._log(gradient_norm, self.config.optimizer.lr * rate_factor)
 
@@ -255,10 +265,10 @@ class _Loop:
         targets = self.data.num_targets(range(update * size, (update + 1) * size))
         return targets / (self.config.accumulation * self.ranks.world_size)
 
-    def _forward(self, batch: Batch, num_targets: float | None = None) -> Any:
-        """The model's output; `num_targets` as in `Transformer.forward`."""
+    def _forward(self, batch: Batch, **options: Any) -> Any:
+        """The model's output; `options` as in `Transformer.forward`."""
         batch = batch.to(self.ranks.device)
-        return self.engine(batch.inputs, batch.targets, documents=batch.documents, num_targets=num_targets)
+        return self.engine(batch.inputs, batch.targets, documents=batch.documents, **options)
 
     def _log(self, gradient_norm: float, learning_rate: float) -> None:
         """Average this step's figures over the workers (one reduction, one copy to the host) and send them."""

@@ -96,6 +96,52 @@ def test_nothing_is_dropped_when_all_tokens_want_the_same_experts(function, dtyp
     )
 
 
+@pytest.mark.parametrize(("function", "dtype"), FAST)
+@settings(max_examples=20, deadline=None)
+@given(T=st.integers(1, 30), K=st.integers(1, 4), seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+def test_slots_without_an_expert_add_nothing_forward_and_gradient(function, dtype, T, K, seed, share):
+    """Also where no slot, or every slot, is without one; weights of such slots need not be 0."""
+    x, ids, weights, gate_up, down = inputs(T=T, K=K, dtype=dtype, seed=seed)
+    unused = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share
+    ids = ids.masked_fill(unused, 4)
+    fast = with_gradients(function, x, ids, weights, gate_up, down)
+    for a, b in zip(fast, with_gradients(experts_naive, x, ids, weights, gate_up, down), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE[dtype])
+    assert not fast[2][unused].any() and not fast[0][unused.all(dim=1)].any()
+    kept = one_token_at_a_time(x, ids.clamp(max=3), weights * ~unused, gate_up, down)
+    torch.testing.assert_close(fast[0], kept, **TOLERANCE[dtype])
+
+
+def test_what_grouped_mm_leaves_behind_the_last_group_reaches_nothing(monkeypatch):
+    """Rows that it does not compute hold whatever lay in memory: here, not-a-numbers, in both directions."""
+    original = F.grouped_mm
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows, offsets, backward):
+            ctx.save_for_backward(offsets)
+            ctx.poison_gradient = backward
+            return rows.clone() if backward else poison(rows, offsets)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (poison(grad, *ctx.saved_tensors) if ctx.poison_gradient else grad), None, None
+
+    def poison(rows, offsets):
+        behind = torch.arange(len(rows)) >= offsets[-1]
+        return rows.masked_fill(behind[:, None], torch.nan)
+
+    def grouped_mm(rows, matrices, *, offs):
+        return Poisoned.apply(original(Poisoned.apply(rows, offs, True), matrices, offs=offs), offs, False)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    x, ids, weights, gate_up, down = inputs(dtype=torch.float32, T=24, K=3)
+    ids = ids.masked_fill(torch.rand(ids.shape) < 0.5, 4)
+    fast = with_gradients(experts_grouped_mm, x, ids, weights, gate_up, down)
+    for a, b in zip(fast, with_gradients(experts_naive, x, ids, weights, gate_up, down), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("function", EXPERTS.values(), ids=EXPERTS)
 def test_bfloat16_keeps_its_dtype_and_its_accuracy(function):
     given_ = inputs(T=64, D=32, F_=64)
@@ -117,13 +163,14 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32(function):
     assert y.dtype == torch.bfloat16 and gate_up.grad.dtype == torch.float32
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=60))
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_sorting_is_a_stable_permutation_with_its_inverse(ids):
     order = sort_by_expert(torch.tensor(ids)[:, None], 5)
     assert order.pairs_N.tolist() == sorted(range(len(ids)), key=lambda i: ids[i])
     assert order.pairs_N[order.places_N].tolist() == list(range(len(ids)))
     assert order.counts_E.tolist() == [ids.count(expert) for expert in range(5)]
-    assert count_per_expert(torch.tensor(ids)[:, None], 5).sum() == len(ids)
+    assert order.unused_N.tolist() == [expert == 5 for expert in ids]
+    assert count_per_expert(torch.tensor(ids)[:, None], 5).sum() == len(ids) - ids.count(5)
 
 
 def test_auto_on_the_cpu_is_sorted_and_impossible_choices_are_refused():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blues.model.losses import combine_losses, load_balancing_loss, router_z_loss
-from blues.model.moe.routers import Routing, choose
+from blues.model.moe.routing import Routing, choose
 
 
 def balanced(num_experts, top_k):

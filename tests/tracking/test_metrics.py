@@ -159,7 +159,7 @@ def test_metric_names_and_values() -> None:
 
 
 def test_reads_the_model_s_routing() -> None:
-    from blues.model.moe.routers import Routing
+    from blues.model.moe.routing import Routing
 
     routed = random_routing(0, 6, 4, 2)
     routing = Routing(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blues.kernels.moe_experts import EXPERTS, resolve
 from blues.kernels.precision import matmul_dtype
-from blues.model.moe.routers import Routing
+from blues.model.moe.routing import Routing
 
 Dispatch = Literal["auto", "naive", "sorted", "grouped_mm"]
 
@@ -36,12 +36,13 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.dispatch = dispatch
+        self.num_experts = num_experts
         self.gate_up_EGD = nn.Parameter(torch.empty(num_experts, 2 * ffn_dim, dim))
         self.down_EDF = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))
         nn.init.normal_(self.gate_up_EGD, std=std, generator=generator)
         nn.init.normal_(self.down_EDF, std=output_std, generator=generator)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """(T, D) -> (T, D). Slots whose id is num_experts or more add nothing."""
         experts = EXPERTS[resolve(self.dispatch, x_TD.device, matmul_dtype(x_TD))]
         return experts(x_TD, routing.ids_TK, routing.weights_TK, self.gate_up_EGD, self.down_EDF)

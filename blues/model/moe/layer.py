@@ -7,13 +7,19 @@ Legend: B batch, T time (in `Routing`: batch and time flattened), D width.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from blues import config as cfg
 from blues.errors import ConfigError
+from blues.model.context import Context
 from blues.model.moe.experts import Dispatch, Experts
-from blues.model.moe.routers import NoisyTopK, Router, Routing
+from blues.model.moe.routers import NoisyTopK
+from blues.model.moe.routing import Router, Routing
+
+Scope = Literal["micro_batch", "sequence", "global_batch"]
 
 
 class MoE(nn.Module, cfg.Configurable):
@@ -28,6 +34,8 @@ class MoE(nn.Module, cfg.Configurable):
         """Layer i (from 0) is a mixture iff (i + 1) % every == 0."""
         router: Router.Config = NoisyTopK.Config()
         load_balancing_weight: float = 0.01
+        load_balancing_scope: Scope = "micro_batch"
+        """Over which tokens the load is to be balanced, see `blues.model.losses`."""
         router_z_weight: float = 0.001
         dispatch: Dispatch = "auto"
 
@@ -57,8 +65,14 @@ class MoE(nn.Module, cfg.Configurable):
             generator=generator,
         )
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing]:
         """(B, T, D) -> (B, T, D) and the routing of its B*T tokens."""
         x_TD = x_BTD.flatten(0, 1)
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, context)
         return self.experts(x_TD, routing).unflatten(0, x_BTD.shape[:2]), routing
+
+
+def mixtures(model: nn.Module) -> list[tuple[int, MoE]]:
+    """The mixture layers of a `Transformer` with their numbers among all layers (from 0), in order."""
+    layers = enumerate(block.get_submodule("feed_forward") for block in model.get_submodule("blocks").children())
+    return [(layer, moe) for layer, moe in layers if isinstance(moe, MoE)]

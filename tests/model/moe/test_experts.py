@@ -3,7 +3,7 @@ import torch
 
 from blues.errors import ConfigError
 from blues.model.moe.experts import Experts
-from blues.model.moe.routers import choose
+from blues.model.moe.routing import choose
 
 
 def make(dispatch):

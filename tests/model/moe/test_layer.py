@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from blues.errors import ConfigError
+from blues.model.context import Context
 from blues.model.moe.layer import MoE
 
 
@@ -10,13 +11,17 @@ def make(**changes):
     return config.build(dim=16, std=0.4, output_std=0.4, generator=torch.Generator().manual_seed(0))
 
 
+def context(x):
+    return Context(torch.zeros(x.shape[:2], dtype=torch.int64))
+
+
 def test_dispatches_agree_forward_and_gradient():
     results = []
     for dispatch in ("naive", "sorted", "grouped_mm"):
         layer = make(dispatch=dispatch)
         x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         torch.manual_seed(2)  # the same noise
-        y, routing = layer(x)
+        y, routing = layer(x, context(x))
         assert y.shape == x.shape and routing.ids_TK.shape == (18, 2)
         y.square().sum().backward()
         results.append([y, x.grad, *(p.grad for p in layer.parameters())])
@@ -29,14 +34,15 @@ def test_permuting_tokens_permutes_outputs_and_routing():
     layer = make().double().eval()
     x = torch.randn(1, 12, 16, dtype=torch.float64)
     permutation = torch.randperm(12)
-    (y, routing), (z, permuted) = layer(x), layer(x[:, permutation])
+    (y, routing), (z, permuted) = layer(x, context(x)), layer(x[:, permutation], context(x))
     torch.testing.assert_close(z, y[:, permutation], atol=1e-12, rtol=0)
     assert torch.equal(permuted.ids_TK, routing.ids_TK[permutation])
 
 
 def test_every_parameter_has_a_gradient_when_one_token_leaves_experts_idle():
     layer = make()
-    y, routing = layer(torch.randn(1, 1, 16))
+    x = torch.randn(1, 1, 16)
+    y, routing = layer(x, context(x))
     (y.sum() + routing.logits_TE.sum()).backward()
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert all(grad is not None for grad in grads.values())

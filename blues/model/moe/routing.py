@@ -1,0 +1,112 @@
+"""The family of routers: which experts a token goes to, and with what weights.
+
+In: tokens. Out: a `Routing`. Everything is float32 (or better) whatever the model's dtype: small differences of logits
+decide between experts. Losses and metrics take the `Routing`; nothing accumulates in secret.
+
+Some routers adapt without a gradient (a bias, a threshold). Such a router says of each `Routing` what it wants to know
+(`statistics`: sums of fixed size); the trainer adds these up over the micro batches and workers of an update and hands
+the sum back once (`adapt`). What was learned lies in buffers, and so in every checkpoint. They stay float32 whatever
+the model is converted to, because their steps are smaller than bfloat16 can add.
+
+Legend: B batch, T tokens (batch and time flattened), D width, E experts, K slots per token, S statistics.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blues import config as cfg
+from blues.kernels.precision import at_least_float32
+from blues.model.context import Context
+
+
+class Routing(NamedTuple):
+    """One layer's decisions. `probs` and `logits` are clean (without noise); `weights` and `ids` are what was done."""
+
+    weights_TK: Tensor
+    ids_TK: Tensor
+    """Experts from 0; num_experts (E) means that the slot holds no expert, and its weight is 0."""
+    probs_TE: Tensor
+    """Rows sum to 1 (or are 0 where a router gives a token nothing)."""
+    logits_TE: Tensor
+    penalty: Tensor | None = None
+    """A scalar that the router wants added to the loss, already weighted; the loss takes the mean over layers."""
+
+
+class Router(nn.Module, cfg.Configurable, family="router"):
+    """A family. Members implement `forward(x_TD, context) -> Routing`; they must take any `num_experts`."""
+
+    @cfg.configclass
+    class Config(cfg.Config):
+        pass
+
+    balanced_by: ClassVar[Literal["loss", "itself"]] = "loss"
+    """Whether the load-balancing loss applies. "itself": its weight counts as 0, the figure is still reported."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        std: float,
+        generator: torch.Generator,
+    ) -> None:
+        """`num_experts`: all that a token may be sent to, experts without weights included."""
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=std, generator=generator)
+
+    @abc.abstractmethod
+    def forward(self, x_TD: Tensor, context: Context) -> Routing:
+        """Route every token; `context.tokens_BT.flatten()` is in the order of `x_TD`."""
+
+    def statistics(self, routing: Routing) -> Tensor | None:
+        """`sums_S` (float32, of a size that never changes) of one forward's routing; None: there is nothing to adapt.
+
+        All entries must be sums over tokens or micro batches, so that those of several may be added."""
+        return None
+
+    def adapt(self, sums_S: Tensor) -> None:
+        """Take in the statistics of one update, once after its optimizer step. The same on every worker."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch does it, but floating-point buffers keep their dtype: they move, they are never rounded."""
+        before: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight.T in float32 or better, also under autocast."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(at_least_float32(x_TD), at_least_float32(weight_ED))
+
+
+def choose(logits_TE: Tensor, noisy_TE: Tensor, top_k: int) -> Routing:
+    """Choose by the noisy logits and weigh by their softmax; report the clean ones.
+
+    With top_k > 1 a token's weights are the softmax over its chosen logits (they sum to 1). With top_k = 1 that weight
+    would be the constant 1 and the language loss would not reach the router, so it is the chosen expert's probability
+    among all (Switch Transformer, arXiv 2101.03961).
+    """
+    chosen_TK, ids_TK = noisy_TE.topk(top_k, dim=-1)
+    if top_k == 1:
+        weights_TK = (chosen_TK - noisy_TE.logsumexp(dim=-1, keepdim=True)).exp()
+    else:
+        weights_TK = chosen_TK.softmax(dim=-1)
+    return Routing(weights_TK, ids_TK, logits_TE.softmax(dim=-1), logits_TE)
