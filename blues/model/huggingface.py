@@ -242,6 +242,8 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
         raise ConfigError(f"attention.rope={attention.rope._variant}: {cannot}")
     if moe is not None and not isinstance(moe.router, (NoisyTopK.Config, SoftmaxTopK.Config)):
         raise ConfigError(f"moe.router={moe.router._variant}: {cannot}")
+    if config.experts_per_layer is not None:
+        raise ConfigError(f"experts_per_layer={list(config.experts_per_layer)}: {cannot}")
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -267,11 +269,15 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
         "moe_intermediate_size": moe.ffn_dim if moe else config.ffn_dim,
         "decoder_sparse_step": moe.every if moe else 1,
         "mlp_only_layers": [],
-        # One expert's renormalized weight would be 1; Blues then takes its probability (see routers.py).
-        "norm_topk_prob": moe is not None and moe.top_k > 1,
+        # One expert's renormalized weight would be 1; Blues then takes its probability (see `choose` in moe/routing.py).
+        "norm_topk_prob": moe is not None and moe.top_k > 1 and _renormalizes(moe),
         # transformers sums over the k choices where Blues averages.
         "router_aux_loss_coef": moe.load_balancing_weight / moe.top_k if moe else 0.0,
     }
+
+
+def _renormalizes(moe: MoE.Config) -> bool:
+    return not isinstance(moe.router, SoftmaxTopK.Config) or moe.router.renormalize
 
 
 def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config:
@@ -288,7 +294,7 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
         "use_sliding_window": values.get("use_sliding_window", False),
         "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "mlp_only_layers": bool(dense),
-        "norm_topk_prob": experts > 0 and bool(values.get("norm_topk_prob", False)) != (top_k > 1),
+        "norm_topk_prob": experts > 0 and top_k == 1 and values.get("norm_topk_prob", False),
     }
     for name, bad in refused.items():
         if bad:
@@ -319,7 +325,7 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
                 top_k=top_k,
                 ffn_dim=values["moe_intermediate_size"],
                 every=values.get("decoder_sparse_step", 1),
-                router=SoftmaxTopK.Config(),
+                router=SoftmaxTopK.Config(renormalize=top_k == 1 or bool(values.get("norm_topk_prob", False))),
                 load_balancing_weight=values.get("router_aux_loss_coef", 0.001) * top_k,
             )
     except KeyError as missing:

@@ -10,6 +10,7 @@ from blues import config as cfg
 from blues.data.tokenizer import Tokenizer
 from blues.errors import CheckpointError, ConfigError
 from blues.model.huggingface import export_huggingface, from_huggingface, import_huggingface, to_huggingface
+from blues.model.moe.routing import Router
 from blues.model.transformer import Transformer
 from tests.model.examples import lively, small, tokens
 
@@ -56,6 +57,7 @@ SHAPES = {
     "untied": {"tie_embeddings": False},
     "gqa": {"attention__num_kv_heads": 2, "attention__rope__theta": 777.0},
     "switch": {"moe__top_k": 1, "moe__router": "softmax_top_k"},
+    "probabilities": {"moe__router": {"variant": "softmax_top_k", "renormalize": False}},
     "dense": {"moe": None},
 }
 
@@ -192,12 +194,39 @@ def test_what_qwen3_moe_cannot_express_is_refused_with_the_reason(tmp_path):
         export_huggingface(small().build(), TINY_TOKENIZER, tmp_path / "hf")
 
 
+@pytest.mark.parametrize("variant", sorted({*Router.variants} - {"noisy_top_k", "softmax_top_k"}))
+@pytest.mark.filterwarnings("ignore:moe.router=expert_choice")
+def test_routers_that_qwen3_moe_does_not_know_are_refused(variant):
+    model = small(moe__router=variant).build()
+    with pytest.raises(ConfigError, match=f"moe.router={variant}: Qwen3-MoE cannot express it"):
+        to_huggingface(model.config, model.state_dict())
+
+
+def test_layers_of_different_numbers_of_experts_are_refused():
+    model = small(experts_per_layer=[4, 3]).build()
+    with pytest.raises(ConfigError, match=r"experts_per_layer=\[4, 3\]: Qwen3-MoE cannot express it"):
+        to_huggingface(model.config, model.state_dict())
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_probabilities_that_are_not_renormalized_survive_the_journey(top_k, renormalize):
+    router = {"variant": "softmax_top_k", "renormalize": renormalize, "jitter": 0.1}
+    model = lively(small(moe__top_k=top_k, moe__router=router).build()).eval()
+    config, state = to_huggingface(model.config, model.state_dict())
+    assert config["norm_topk_prob"] == (renormalize and top_k > 1)
+    back = from_huggingface(config, state)[0].build()
+    back.load_state_dict(from_huggingface(config, state)[1])
+    ids = tokens(model)
+    assert torch.equal(back.eval()(ids).logits_BTV, model(ids).logits_BTV)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob=True"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
         ({"hidden_size": None}, "dim"),
     ],

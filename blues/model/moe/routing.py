@@ -64,8 +64,6 @@ class Router(nn.Module, cfg.Configurable, family="router"):
         self.config = config
         self.num_experts = num_experts
         self.top_k = top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        nn.init.normal_(self.weight, std=std, generator=generator)
 
     @abc.abstractmethod
     def forward(self, x_TD: Tensor, context: Context) -> Routing:
@@ -91,6 +89,21 @@ class Router(nn.Module, cfg.Configurable, family="router"):
         return self
 
 
+class LinearRouter(Router):
+    """Routers whose logits are one matrix product of the token."""
+
+    def __init__(
+        self, config: Router.Config, *, dim: int, num_experts: int, std: float, generator: torch.Generator, **rest: Any
+    ) -> None:
+        super().__init__(config, dim=dim, num_experts=num_experts, std=std, generator=generator, **rest)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.normal_(self.weight, std=std, generator=generator)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """`logits_TE`."""
+        return project(x_TD, self.weight)
+
+
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """x @ weight.T in float32 or better, also under autocast."""
     with torch.autocast(x_TD.device.type, enabled=False):
@@ -110,3 +123,26 @@ def choose(logits_TE: Tensor, noisy_TE: Tensor, top_k: int) -> Routing:
     else:
         weights_TK = chosen_TK.softmax(dim=-1)
     return Routing(weights_TK, ids_TK, logits_TE.softmax(dim=-1), logits_TE)
+
+
+def slots(chosen_TE: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """`weights_TE, ids_TE`: one slot for each expert, left empty (weight 0, id E) where `chosen_TE` is False.
+
+    Tokens may so have any number of experts; the kernels compute chosen slots only, but hold a row for every slot.
+    """
+    num_experts = chosen_TE.shape[1]
+    experts_E = torch.arange(num_experts, device=chosen_TE.device)
+    return weights_TE.masked_fill(~chosen_TE, 0), experts_E.expand_as(chosen_TE).masked_fill(~chosen_TE, num_experts)
+
+
+def renormalized(scores_TK: Tensor) -> Tensor:
+    """Scores (0 or more) divided by their sum; all zeros stay zeros. One score stays as it is: divided by itself it
+    would be the constant 1, and the language loss would not reach the router."""
+    if scores_TK.shape[1] == 1:
+        return scores_TK
+    return scores_TK / scores_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TK.dtype).tiny)
+
+
+def shares(scores_TE: Tensor) -> Tensor:
+    """`probs_TE` of scores that are no probabilities: divided by their sum; all zeros stay zeros."""
+    return scores_TE / scores_TE.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
