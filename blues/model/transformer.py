@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from blues import config as cfg
 from blues.errors import ConfigError
-from blues.kernels import attention as attention_kernels
 from blues.kernels import moe_experts
 from blues.kernels.linear_cross_entropy import IGNORED, LINEAR_CROSS_ENTROPY
 from blues.kernels.precision import at_least_float32
@@ -161,7 +160,7 @@ class Transformer(nn.Module, cfg.Configurable):
             if num_logits is not None:
                 x_BTD = x_BTD[:, x_BTD.shape[1] - num_logits :]
             return ModelOutput(at_least_float32(F.linear(x_BTD, weight_VD)), None, routing)
-        linear_cross_entropy = LINEAR_CROSS_ENTROPY[self.backends(tokens_BT.device, x_BTD.dtype)["cross_entropy"]]
+        linear_cross_entropy = LINEAR_CROSS_ENTROPY[self._cross_entropy]
         cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
         if num_targets is not None:
             cross_entropy = cross_entropy * ((targets_BT != IGNORED).sum().to(cross_entropy.dtype) / num_targets)
@@ -203,6 +202,10 @@ class Transformer(nn.Module, cfg.Configurable):
             documents_BT=documents,
         )
         context = Context(tokens_BT, documents, languages, progress, _past(tokens_BT, cache, positions))
+        if not torch.compiler.is_compiling():
+            for layer, block in enumerate(self.blocks):  # here, between two forwards: see `Precision.poll`
+                assert isinstance(block, Block)
+                block.attention.attend.precision.poll(f"layer {layer}")
         x_BTD = self.embedding(tokens_BT)
         routings: list[Routing] = []
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -225,14 +228,27 @@ class Transformer(nn.Module, cfg.Configurable):
             ConfigError: one that was asked for by name cannot run there.
         """
         config = self.config
+        attention = config.attention
         chosen = {
-            "attention": backends.resolve(config.attention.backend),
-            "cross_entropy": "chunked" if config.cross_entropy == "auto" else config.cross_entropy,
+            "attention": backends.resolve(
+                attention.backend,
+                attention.precision,
+                device=device,
+                dtype=dtype,
+                head_dim=attention.head_dim,
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                form="causal" if self.pattern.plain_causal else "mask",
+            ),
+            "cross_entropy": self._cross_entropy,
         }
-        attention_kernels.assert_supported(chosen["attention"], device, dtype, config.attention.head_dim)
         if config.moe is not None:
             chosen["experts"] = moe_experts.resolve(config.moe.dispatch, device, dtype)
         return chosen
+
+    @property
+    def _cross_entropy(self) -> str:
+        return "chunked" if self.config.cross_entropy == "auto" else self.config.cross_entropy
 
     def num_parameters(self) -> int:
         """All parameters; a tied head counts once."""

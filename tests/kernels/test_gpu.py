@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from blues.errors import ConfigError
-from blues.kernels.attention import attention_naive, attention_sdpa
 from blues.kernels.linear_cross_entropy import (
     CHUNK_BYTES,
     IGNORED,
@@ -98,38 +97,6 @@ def test_the_choice_of_experts_kernel_on_cuda():
     assert resolve("auto", CUDA, torch.bfloat16) == "grouped_mm"
     with pytest.raises(ConfigError, match="grouped_mm on CUDA needs bfloat16"):
         resolve("grouped_mm", CUDA, torch.float32)
-
-
-# Attention
-
-
-def attention_results(function, given, mask, is_causal, dtype):
-    q, k, v = (t.detach().to(dtype).requires_grad_() for t in given)
-    out = function(q, k, v, mask, is_causal)
-    (out.float() * torch.linspace(-1, 1, out.numel(), device=CUDA).view_as(out)).sum().backward()
-    return [out.detach(), q.grad, k.grad, v.grad]
-
-
-@pytest.mark.parametrize("case", ["causal", "newest_token", "mask"])
-@pytest.mark.parametrize("kv_heads", [1, 4, 12])
-def test_sdpa_in_bfloat16(case, kv_heads):
-    generator = torch.Generator(CUDA).manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=CUDA).bfloat16()
-    T = 1 if case == "newest_token" else 300
-    given = draw(2, T, 12, 64), draw(2, 300, kv_heads, 64), draw(2, 300, kv_heads, 64)
-    mask = torch.ones(1, T, 300, dtype=torch.bool, device=CUDA).tril() if case == "mask" else None
-    exact = attention_results(attention_naive, given, mask, case == "causal", torch.float32)
-    naive = attention_results(attention_naive, given, mask, case == "causal", torch.bfloat16)
-    fast = attention_results(attention_sdpa, given, mask, case == "causal", torch.bfloat16)
-    assert_as_good_as_naive(fast, naive, exact, ["out", "q", "k", "v"])
-
-
-def test_long_causal_attention_is_flash_and_never_quadratic():
-    q, k = (torch.randn(1, 16_384, heads, 64, device=CUDA, dtype=torch.bfloat16) for heads in (12, 1))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    attention_sdpa(q, k, k, None, True)
-    assert torch.cuda.max_memory_allocated() - before < 2**28, "the scores alone would be 6 GiB"
 
 
 # Head and cross-entropy

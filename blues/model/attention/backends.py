@@ -1,22 +1,86 @@
-"""The choice of an attention implementation.
+"""The attention of one layer: which implementation computes it, and in which format.
 
-In: the name in the configuration. Out: the function of blues/kernels/attention.py that runs.
+In: the layer's settings at build, then queries, keys, values and a view at every forward. Out: the mixed values, from
+the implementation of blues/kernels/attention/ that serves this device, format and view.
+
+The device and the format are known when tensors come, so that is when the choice is made, once for each combination;
+`resolve` makes the same choice beforehand, for a run to be refused before it starts and for its record.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from blues.kernels.attention import ATTENTION, AttentionFunction
+import torch
+from torch import Tensor
 
-Backend = Literal["auto", "naive", "sdpa"]
+from blues.kernels.attention import BACKENDS, Form, Sight, Situation, capability_of, choose, form_of
+from blues.kernels.precision import matmul_dtype
+from blues.model.attention.precision import Precision, Wanted
+
+Backend = Literal["auto", "naive", "sdpa", "sdpa_math", "sdpa_flash", "sdpa_cudnn", "flex", "flash2", "flash4"]
 
 
-def resolve(backend: Backend) -> str:
-    """The implementation that `backend` names: "auto" is sdpa, on every device."""
-    return "sdpa" if backend == "auto" else backend
+def resolve(
+    backend: Backend,
+    precision: Wanted = "auto",
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    form: Form = "causal",
+    training: bool = True,
+    cache: bool = False,
+) -> str:
+    """The implementation for activations of `dtype` on `device`, in training unless said otherwise.
+
+    Raises:
+        ConfigError: the named one cannot run there; says why.
+    """
+    dtype = Precision(precision).dtype(dtype, device)
+    return _resolve(backend, str(device), dtype, head_dim, num_heads, num_kv_heads, form, training, cache)
 
 
-def attention_function(backend: Backend) -> AttentionFunction:
-    """The implementation itself."""
-    return ATTENTION[resolve(backend)]
+@torch.compiler.assume_constant_result
+def _resolve(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    form: Form,
+    training: bool,
+    cache: bool,
+) -> str:
+    """Plain arguments and a plain result, so that a compiled model takes the answer for a constant."""
+    place = torch.device(device)
+    capability = capability_of(place)
+    situation = Situation(place.type, capability, dtype, head_dim, num_heads, num_kv_heads, form, training, cache)
+    return choose(backend, situation)
+
+
+class Attend:
+    """Scaled dot-product attention of one layer; see the module's docstring."""
+
+    def __init__(
+        self, backend: Backend, precision: Wanted = "auto", *, head_dim: int, num_heads: int, num_kv_heads: int
+    ) -> None:
+        self.backend = backend
+        self.shape = (head_dim, num_heads, num_kv_heads)
+        self.precision = Precision(precision)
+
+    def __call__(self, q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, view: Sight) -> Tensor:
+        """`out_BTHC` in the dtype of `v_BSGC`."""
+        device, activations = v_BSGC.device, v_BSGC.dtype
+        dtype = self.precision.dtype(matmul_dtype(v_BSGC), device)
+        q_BTHC, k_BSGC, v_BSGC = q_BTHC.to(dtype), k_BSGC.to(dtype), v_BSGC.to(dtype)
+        training = torch.is_grad_enabled() and (q_BTHC.requires_grad or k_BSGC.requires_grad or v_BSGC.requires_grad)
+        cache = q_BTHC.shape[1] != k_BSGC.shape[1]
+        name = _resolve(self.backend, str(device), dtype, *self.shape, form_of(view), training, cache)
+        with torch.autocast(device.type, enabled=False):  # the dtype is chosen; autocast would change it
+            out_BTHC = BACKENDS[name].attend(q_BTHC, k_BSGC, v_BSGC, view)
+        self.precision.watch(out_BTHC)
+        return out_BTHC.to(activations)

@@ -16,11 +16,13 @@ from typing import NamedTuple, Protocol
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from blues import config as cfg
 from blues.errors import ConfigError
-from blues.model.attention.backends import Backend, attention_function
+from blues.model.attention.backends import Attend, Backend
 from blues.model.attention.patterns import AttentionPattern, Causal
+from blues.model.attention.precision import Wanted
 from blues.model.layers import Linear, RMSNorm
 from blues.model.rope import PlainRotary, RotaryEmbedding, Rotation, rotate
 
@@ -45,6 +47,8 @@ class View(NamedTuple):
     key_rotation: Rotation
     mask_BTS: Tensor | None
     is_causal: bool
+    block_mask: BlockMask | None = None
+    window: tuple[int, int] | None = None
 
 
 def make_view(
@@ -102,6 +106,7 @@ class Attention(nn.Module, cfg.Configurable):
         rope: RotaryEmbedding.Config = PlainRotary.Config()
         pattern: AttentionPattern.Config = Causal.Config()
         backend: Backend = "auto"
+        precision: Wanted = "auto"
 
         def __post_init__(self) -> None:
             for name in ("num_heads", "num_kv_heads", "head_dim"):
@@ -129,7 +134,13 @@ class Attention(nn.Module, cfg.Configurable):
         self.output = Linear(config.num_heads * config.head_dim, dim, std=output_std, generator=generator)
         self.query_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
-        self.attend = attention_function(config.backend)
+        self.attend = Attend(
+            config.backend,
+            config.precision,
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+        )
 
     def forward(self, x_BTD: Tensor, view: View, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D). `layer` is this layer's number in the cache."""
@@ -141,5 +152,5 @@ class Attention(nn.Module, cfg.Configurable):
             q_BTHC, k_BTGC = self.query_norm(q_BTHC), self.key_norm(k_BTGC)
         k_BSGC, v_BSGC = (k_BTGC, v_BTGC) if cache is None else cache.update(layer, k_BTGC, v_BTGC)
         q_BTHC, k_BSGC = rotate(q_BTHC, view.query_rotation), rotate(k_BSGC, view.key_rotation)
-        out_BTHC = self.attend(q_BTHC, k_BSGC, v_BSGC, view.mask_BTS, view.is_causal)
+        out_BTHC = self.attend(q_BTHC, k_BSGC, v_BSGC, view)
         return self.output(rearrange(out_BTHC, "b t h c -> b t (h c)"))

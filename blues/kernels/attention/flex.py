@@ -1,0 +1,103 @@
+"""FlexAttention (arXiv 2412.05496): one fused kernel for any mask, which skips the blocks that a `BlockMask` lacks.
+
+On CUDA it is compiled by itself; inside a model that is compiled it becomes part of that. On CPU torch runs it unfused
+and without a gradient, so `supports` refuses training there.
+
+Decoding: with fewer than 128 queries torch has a kernel that splits the keys, but only where the query heads of a KV
+head are a power of two; for 12 it takes the slower one in silence. Here such groups are padded with heads of zeros and
+the result is cut.
+
+Legend: B batch, T queries, S keys, H query heads, G KV heads, C channels of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from blues.kernels.attention.sight import Sight, window_of
+
+DECODING = 128
+"""torch has its decoding kernel for fewer queries than this."""
+RECOMPILATIONS = 256
+"""Distinct masks and shapes for which kernels are compiled, before torch raises. Its own limit is 8, which a model
+with a pattern of its own in every layer exceeds."""
+
+
+def attention_flex(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
+    """See the module's docstring. A `sight` without a block mask gets one, made once for each window and length."""
+    _, T, H, _ = q_BTHC.shape
+    _, S, G, _ = k_BSGC.shape
+    block_mask = block_mask_of(sight, T, S, q_BTHC.device)
+    group = H // G
+    padded = group
+    if T < DECODING and not _needs_gradient(q_BTHC, k_BSGC) and (block_mask is None or block_mask.shape[1] == 1):
+        padded = decoding_group(group)
+    if padded != group:
+        q_BTGRC = rearrange(q_BTHC, "b t (g r) c -> b t g r c", g=G)
+        q_BTHC = F.pad(q_BTGRC, (0, 0, 0, padded - group)).flatten(2, 3)
+    q_BHTC, k_BGSC, v_BGSC = (x.transpose(1, 2) for x in (q_BTHC, k_BSGC, v_BSGC))
+    out_BHTC = _flex(q_BHTC, k_BGSC, v_BGSC, block_mask, padded != 1)
+    if padded != group:
+        out_BHTC = rearrange(out_BHTC, "b (g r) t c -> b g r t c", g=G)[:, :, :group].flatten(1, 2)
+    return out_BHTC.transpose(1, 2)
+
+
+def decoding_group(group: int) -> int:
+    """Query heads of a KV head that the decoding kernel takes: the next power of two."""
+    return 1 << (group - 1).bit_length()
+
+
+def block_mask_of(sight: Sight, T: int, S: int, device: torch.device) -> BlockMask | None:
+    """The block mask of `sight`; None where every query sees every key."""
+    if sight.block_mask is not None:
+        return sight.block_mask
+    if sight.mask_BTS is not None and sight.window is None and not sight.is_causal:
+        return _block_mask_of_tensor(sight.mask_BTS)
+    left, right = window_of(sight)
+    return None if left < 0 and right < 0 else _block_mask_of_window(left, right, T, S, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_mask_of_window(left: int, right: int, T: int, S: int, device: torch.device) -> BlockMask:
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        ahead = key - (query + (S - T))
+        near = ahead >= -left if left >= 0 else key >= 0
+        return near & (ahead <= right) if right >= 0 else near
+
+    return create_block_mask(sees, None, None, T, S, device=device)
+
+
+def _block_mask_of_tensor(mask_BTS: Tensor) -> BlockMask:
+    mask_BHTS = mask_BTS if mask_BTS.ndim == 4 else mask_BTS[:, None]
+    B, H, T, S = mask_BHTS.shape
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_BHTS[b if B > 1 else 0, h if H > 1 else 0, query, key]
+
+    return create_block_mask(sees, B if B > 1 else None, H if H > 1 else None, T, S, device=mask_BTS.device)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _flex(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, block_mask: BlockMask | None, gqa: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return flex_attention(q_BHTC, k_BGSC, v_BGSC, block_mask=block_mask, enable_gqa=gqa)
+    if q_BHTC.is_cuda:
+        # fullgraph: what torch cannot compile raises, instead of running unfused.
+        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+            return compiled(q_BHTC, k_BGSC, v_BGSC, block_mask=block_mask, enable_gqa=gqa)
+    if not torch.is_grad_enabled():  # torch refuses what requires a gradient even where none is recorded
+        q_BHTC, k_BGSC, v_BGSC = q_BHTC.detach(), k_BGSC.detach(), v_BGSC.detach()
+    with warnings.catch_warnings():  # torch warns that this is unfused; for CPU that is what the module says
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        return flex_attention(q_BHTC, k_BGSC, v_BGSC, block_mask=block_mask, enable_gqa=gqa)
