@@ -269,7 +269,7 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
         "moe_intermediate_size": moe.ffn_dim if moe else config.ffn_dim,
         "decoder_sparse_step": moe.every if moe else 1,
         "mlp_only_layers": [],
-        # One expert's renormalized weight would be 1; Blues then takes its probability (see `choose` in moe/routing.py).
+        # One expert's renormalized weight would be 1; Blues then takes its probability: `choose` in moe/routing.py.
         "norm_topk_prob": moe is not None and moe.top_k > 1 and _renormalizes(moe),
         # transformers sums over the k choices where Blues averages.
         "router_aux_loss_coef": moe.load_balancing_weight / moe.top_k if moe else 0.0,

@@ -50,6 +50,6 @@ class SoftmaxTopK(LinearRouter, variant="softmax_top_k"):
             factor_TD = 1 + jitter * (2 * torch.rand_like(x_TD, dtype=logits_TE.dtype) - 1)
             seen_TE = self.logits(x_TD * factor_TD)
         routing = choose(logits_TE, seen_TE, self.top_k)
-        if self.config.renormalize:
+        if self.config.renormalize or self.top_k == 1:
             return routing
         return routing._replace(weights_TK=seen_TE.softmax(dim=-1).gather(1, routing.ids_TK))
