@@ -16,7 +16,7 @@ Legend: B batch, T time, D width, V vocabulary, E experts.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ from blues.kernels import moe_experts
 from blues.kernels.linear_cross_entropy import IGNORED, LINEAR_CROSS_ENTROPY
 from blues.kernels.precision import at_least_float32
 from blues.model.attention import backends
-from blues.model.attention.layer import Attention, KVCache, make_view
-from blues.model.attention.patterns import AttentionPattern
+from blues.model.attention.layer import Attention, KVCache, make_views
+from blues.model.attention.masks import BlockMasks
+from blues.model.attention.patterns import AttentionPattern, TokenTree
 from blues.model.block import Block
 from blues.model.context import Context, KeepsHistory, Past
 from blues.model.layers import Linear, RMSNorm
@@ -84,6 +85,7 @@ class Transformer(nn.Module, cfg.Configurable):
                     f"experts_per_layer: must have one number for each of the {mixtures} mixture layers, got "
                     f"{len(self.experts_per_layer)}"
                 )
+            self.attention.pattern.build().check(self.attention.num_heads, self.num_layers)
 
     config: Config
 
@@ -99,7 +101,7 @@ class Transformer(nn.Module, cfg.Configurable):
             Block(
                 layer=layer,
                 dim=config.dim,
-                attention=config.attention,
+                attention=config.attention.for_layer(layer),
                 ffn_dim=config.ffn_dim,
                 moe=mixture_config(config, layer),
                 norm_eps=config.norm_eps,
@@ -116,6 +118,7 @@ class Transformer(nn.Module, cfg.Configurable):
             self.head = Linear(config.dim, config.vocab_size, std=std, generator=generator)
         self.rope: RotaryEmbedding = config.attention.rope.build(head_dim=config.attention.head_dim)
         self.pattern: AttentionPattern = config.attention.pattern.build()
+        self.block_masks = BlockMasks()
 
     def forward(
         self,
@@ -127,6 +130,7 @@ class Transformer(nn.Module, cfg.Configurable):
         documents: Tensor | None = None,
         languages: Tensor | None = None,
         progress: float = 1.0,
+        tree: TokenTree | None = None,
         num_logits: int | None = None,
         num_targets: float | None = None,
         load: UpdateLoad | None = None,
@@ -143,6 +147,7 @@ class Transformer(nn.Module, cfg.Configurable):
             documents: `documents_BT`, numbers; attention stays among tokens of a row that have the same one.
             languages: `languages_BT`, the number of each token's language; 0 (and None) for unknown.
             progress: share of the training that is done, which schedules go by.
+            tree: of all tokens of the rows, those in the cache included; for attention patterns that follow it.
             num_logits: logits of the last `num_logits` tokens only (1 is enough to go on from a prompt).
             load: of the update so far, for load balancing over the global batch.
             num_targets: what the summed cross-entropy is divided by, instead of the targets that count here. Given the
@@ -150,10 +155,16 @@ class Transformer(nn.Module, cfg.Configurable):
                 the targets are spread over them.
 
         Raises:
-            ValueError: documents together with a cache.
+            ValueError: documents together with a cache; a pattern's tree that is missing or of other length.
         """
         x_BTD, routing = self.hidden(
-            tokens_BT, cache=cache, positions=positions, documents=documents, languages=languages, progress=progress
+            tokens_BT,
+            cache=cache,
+            positions=positions,
+            documents=documents,
+            languages=languages,
+            progress=progress,
+            tree=tree,
         )
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
@@ -190,26 +201,29 @@ class Transformer(nn.Module, cfg.Configurable):
         documents: Tensor | None = None,
         languages: Tensor | None = None,
         progress: float = 1.0,
+        tree: TokenTree | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """`x_BTD` after the final norm, and the routing of every mixture layer. Arguments as in `forward`."""
-        view = make_view(
-            self.rope,
-            self.pattern,
+        attention = self.config.attention
+        views = make_views(
+            [(self.rope, layer.pattern) for layer in self.attentions],
             length=tokens_BT.shape[1],
             device=tokens_BT.device,
             past=None if cache is None else cache.length,
             positions_BT=positions,
             documents_BT=documents,
+            tree=tree,
+            num_heads=attention.num_heads,
+            block_masks=self.block_masks if attention.reads_block_masks(tokens_BT.device) else None,
         )
         context = Context(tokens_BT, documents, languages, progress, _past(tokens_BT, cache, positions))
         if not torch.compiler.is_compiling():
-            for layer, block in enumerate(self.blocks):  # here, between two forwards: see `Precision.poll`
-                assert isinstance(block, Block)
-                block.attention.attend.precision.poll(f"layer {layer}")
+            for number, layer in enumerate(self.attentions):  # here, between two forwards: see `Precision.poll`
+                layer.attend.precision.poll(f"layer {number}")
         x_BTD = self.embedding(tokens_BT)
         routings: list[Routing] = []
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block, view in zip(self.blocks, views, strict=True):
             if recompute:
                 # The random state is restored for the second run, so the routers draw the same noise again.
                 x_BTD, routing = checkpoint(
@@ -229,8 +243,8 @@ class Transformer(nn.Module, cfg.Configurable):
         """
         config = self.config
         attention = config.attention
-        chosen = {
-            "attention": backends.resolve(
+        attends = (
+            backends.resolve(
                 attention.backend,
                 attention.precision,
                 device=device,
@@ -238,13 +252,19 @@ class Transformer(nn.Module, cfg.Configurable):
                 head_dim=attention.head_dim,
                 num_heads=attention.num_heads,
                 num_kv_heads=attention.num_kv_heads,
-                form="causal" if self.pattern.plain_causal else "mask",
-            ),
-            "cross_entropy": self._cross_entropy,
-        }
+                form=form,
+            )
+            for form in dict.fromkeys(layer.form(device) for layer in self.attentions)
+        )
+        chosen = {"attention": " + ".join(dict.fromkeys(attends)), "cross_entropy": self._cross_entropy}
         if config.moe is not None:
             chosen["experts"] = moe_experts.resolve(config.moe.dispatch, device, dtype)
         return chosen
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention of every layer."""
+        return [cast(Block, block).attention for block in self.blocks]
 
     @property
     def _cross_entropy(self) -> str:

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from blues import config as cfg
 from blues.errors import ConfigError
+from blues.kernels.attention import Form
 from blues.model.attention.backends import Attend, Backend
 from blues.model.attention.masks import BlockMasks, block_mask_of_tokens, positions_within_documents
 from blues.model.attention.patterns import AdaptiveWindow, AttentionPattern, Causal, TokenTree, pairs_of
@@ -283,6 +284,14 @@ class Attention(nn.Module, cfg.Configurable):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
         )
+
+    def form(self, device: torch.device) -> Form:
+        """How this layer's attention is told who sees whom, in a forward without a cache."""
+        if self.pattern.is_soft:
+            return "bias"
+        if self.pattern.window() is not None:
+            return "causal" if self.pattern.plain_causal else "window"
+        return "block_mask" if self.config.reads_block_masks(device) else "mask"
 
     def forward(self, x_BTD: Tensor, view: View, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """(B, T, D) -> (B, T, D). `layer` is this layer's number in the cache."""

@@ -78,8 +78,8 @@ class EntropyWindow(AttentionPattern, variant="entropy_window"):
     def check(self, num_heads: int, num_layers: int) -> None:
         if len(self.config.windows) not in (1, num_layers):
             raise ConfigError(
-                f"pattern: entropy_window has {len(self.config.windows)} windows for {num_layers} layers; give one per "
-                "layer, or one for all"
+                f"attention.pattern: entropy_window has {len(self.config.windows)} windows for {num_layers} "
+                "layers; give one per layer, or one for all"
             )
 
 

@@ -144,8 +144,8 @@ class AttentionPattern(cfg.Configurable, family="attention_pattern"):
         if not bool(sees_HT.all()):
             head, position = (~sees_HT).nonzero()[0].tolist()
             raise ConfigError(
-                f"pattern: {self.config._variant} hides the token at position {position} from itself in head {head}; "
-                "every query must see its own key"
+                f"attention.pattern: {self.config._variant} hides the token at position {position} from itself in head "
+                f"{head}; every query must see its own key"
             )
 
 

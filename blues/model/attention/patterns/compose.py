@@ -43,8 +43,8 @@ class Composed(AttentionPattern):
         for child in self.children:
             if child.is_soft:
                 raise ConfigError(
-                    f"pattern: {self.config._variant} cannot hold {child.config._variant}, which weighs keys instead "
-                    "of hiding them; use it alone or in by_layer"
+                    f"attention.pattern: {self.config._variant} cannot hold {child.config._variant}, which weighs "
+                    "keys instead of hiding them; use it alone or in by_layer"
                 )
         super().check(num_heads, num_layers)
 
@@ -114,8 +114,8 @@ class ByLayer(Composed, variant="by_layer"):
     def check(self, num_heads: int, num_layers: int) -> None:
         if len(self.children) > num_layers:
             raise ConfigError(
-                f"pattern: by_layer has a cycle of {len(self.children)} patterns for {num_layers} layers, so its last "
-                "would never be used"
+                f"attention.pattern: by_layer has a cycle of {len(self.children)} patterns for {num_layers} layers, "
+                "so its last would never be used"
             )
         for child in self.children:
             child.check(num_heads, num_layers)
@@ -145,7 +145,7 @@ class ByHead(Composed, variant="by_head"):
     def check(self, num_heads: int, num_layers: int) -> None:
         if num_heads % len(self.children):
             raise ConfigError(
-                f"pattern: by_head has a cycle of {len(self.children)} patterns, which does not divide the layer's "
-                f"{num_heads} heads"
+                f"attention.pattern: by_head has a cycle of {len(self.children)} patterns, which does not divide the "
+                f"layer's {num_heads} heads"
             )
         super().check(num_heads, num_layers)

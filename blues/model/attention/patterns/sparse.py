@@ -163,6 +163,7 @@ class BlockList(AttentionPattern, variant="block_list"):
     def check(self, num_heads: int, num_layers: int) -> None:
         if self.differs_by_head and len(self.config.heads) != num_heads:
             raise ConfigError(
-                f"pattern: block_list has lists for {len(self.config.heads)} heads, and the layer has {num_heads}"
+                f"attention.pattern: block_list has lists for {len(self.config.heads)} heads, and the layer has "
+                f"{num_heads}"
             )
         super().check(num_heads, num_layers)
