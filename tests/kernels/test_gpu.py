@@ -1,8 +1,6 @@
 """Every CUDA path against its reference: `pytest -m gpu tests/kernels/test_gpu.py` on a machine with a GPU.
 
-Tolerances: bfloat16 keeps 8 bits, so a result of a few products is off by some 2**-8 of its length (0.4%). Errors are
-relative lengths |a - b| / |b| against float32 on the same (already rounded) inputs, and a fast path may not be clearly
-worse than the naive path in the same bfloat16.
+See tests/kernels/gpu.py for the tolerances.
 """
 
 from __future__ import annotations
@@ -22,27 +20,9 @@ from blues.model.attention.layer import Attention
 from blues.model.moe.layer import MoE
 from blues.model.moe.routers import SoftmaxTopK
 from blues.model.transformer import Transformer
+from tests.kernels.gpu import CUDA, NEEDS_CUDA, assert_as_good_as_naive, error, poison
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-CUDA = torch.device("cuda")
-
-
-def error(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def poison():
-    """Leave NaN in the memory that the next allocations will get: a kernel that skips part of its output shows."""
-    torch.full((2**28,), torch.nan, device=CUDA)
-    torch.cuda.synchronize()
-
-
-def assert_as_good_as_naive(fast, naive, exact, names):
-    """Each fast result is right to bfloat16, and no worse than 1.5 times the naive one."""
-    for name, a, b, truth in zip(names, fast, naive, exact, strict=True):
-        assert torch.isfinite(a).all(), name
-        assert error(a, truth) < max(0.01, 1.5 * error(b, truth)), (name, error(a, truth), error(b, truth))
+pytestmark = NEEDS_CUDA
 
 
 # Experts
