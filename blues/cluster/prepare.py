@@ -175,9 +175,9 @@ def _operation(build: Build, mode: Mode) -> dict[str, Any]:
     operation: dict[str, Any] = {"kind": kind, "source": build.plan.name}
     if build.base is not None:
         operation |= {
-            "files_read": len(build.plan.files) - len(build.reused),
-            "files_kept": len(build.reused),
-            "files_removed": len(build.removed),
+            "files_read": len(build.plan.files) - build.kept,
+            "files_kept": build.kept,
+            "files_removed": build.removed,
             "all_again": build.all_again,
         }
     return operation

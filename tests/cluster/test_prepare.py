@@ -219,7 +219,7 @@ def test_what_a_worker_cannot_do_is_one_sentence(ray_session, tmp_path):
 
 def test_every_row_is_a_document_or_in_quarantine(raw, expected):
     store, plan = st.Store.open(expected), sources.plan(raw)
-    records = [record for part in plan.parts for record in read_part(plan.root, part)]
+    records = [record for part in plan.parts() for record in read_part(plan.root, part)]
     documents = {record.id: record.text for record in records if isinstance(record, Document)}
     rejected = [record for record in records if isinstance(record, Rejected)]
     manifest, tokenizer = store.manifest, TOKENIZER.build()

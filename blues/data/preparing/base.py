@@ -5,30 +5,25 @@ In: a dataset directory, a plan of source files, settings. Out: a `Base` to go o
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
-from operator import attrgetter
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from blues import config as cfg
-from blues.data.reading.readers import Part
 from blues.data.reading.sources import Plan
 from blues.data.storage import versions
-from blues.data.storage.chunks import SUFFIXES, Compression
+from blues.data.storage.arrays import flags, positions, whole_numbers
+from blues.data.storage.chunks import SUFFIXES, Compression, numbers
 from blues.data.storage.manifest import MANIFEST, MIXTURE
 from blues.data.storage.store import Store
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 
 Mode = Literal["prepare", "update", "append"]
-READING = tuple(field.name for field in fields(Part) if field.name not in ("entry", "start", "stop", "row", "bytes"))
-"""How a part is read, apart from where in its file it lies."""
-_reading_values = attrgetter(*READING)
 RAW = ("prepare", "update", "append")
 """Operations whose versions hold every document of their sources, so that an update can build upon them."""
 
@@ -72,34 +67,30 @@ class Base:
     @cached_property
     def own_files(self) -> pa.Table:
         """The files of the source that is prepared again."""
-        return self.files.filter(pc.equal(self.files["origin"], self.origin))
+        return self._of(self.is_own)
+
+    @cached_property
+    def others(self) -> pa.Table:
+        """The files of the other sources."""
+        return self._of(~self.is_own)
+
+    @cached_property
+    def is_own(self) -> np.ndarray:
+        """Which of `files` are of the source that is prepared again: bool[files]."""
+        return numbers(self.files, "origin") == self.origin
+
+    def _of(self, chosen: np.ndarray) -> pa.Table:
+        return self.files if chosen.all() else self.files.filter(flags(chosen))
 
     def holds(self, files: pa.Table) -> bool:
         """Whether the source is what it was: the same files with the same content, read in the same way."""
         return self.own_files.equals(files)
 
 
-def reading_of(part: Part) -> str:
-    """How a file is read: kind, columns, encoding and whatever else a reader goes by, apart from where it is cut."""
-    return _reading(_reading_values(part))
-
-
-@lru_cache(maxsize=1024)
-def _reading(values: tuple[Any, ...]) -> str:
-    return json.dumps({name: value for name, value in zip(READING, values, strict=True) if value})
-
-
 def files_table(plan: Plan, origin: int = 0) -> pa.Table:
-    """The plan's files as `versions.FILES_SCHEMA`: what was read, how, and a checksum of it."""
-    readings = {part.file: reading_of(part) for part in plan.parts}
-    columns = [
-        [file.file for file in plan.files],
-        [file.content for file in plan.files],
-        [file.bytes for file in plan.files],
-        [readings.get(file.file, "") for file in plan.files],
-        [origin] * len(plan.files),
-    ]
-    return pa.table(columns, schema=versions.FILES_SCHEMA)
+    """The plan's files as `versions.FILES_SCHEMA`: what was read, how, a checksum of it, and which source it is of."""
+    origins = whole_numbers(np.full(len(plan.files), origin), pa.uint32())
+    return plan.files.append_column("origin", origins).select(versions.FILES_SCHEMA.names)
 
 
 def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
@@ -136,10 +127,9 @@ def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
 
 def _refuse_names_of_others(base: Base, plan: Plan) -> None:
     """Raise if a file of the plan has the name of one of another source: a document names its file, not its source."""
-    others = base.files.filter(pc.not_equal(base.files["origin"], base.origin))
-    known = set(others["file"].to_pylist())
-    again = next((file.file for file in plan.files if file.file in known), None)
-    if again is not None:
+    again_F = positions(plan.files["file"], base.others["file"]) >= 0
+    if again_F.any():
+        again = plan.listing.names[int(again_F.argmax())]
         raise DataError(
             f"{str(base.newest.path)!r} holds a file {again!r} of another source already; rename it, or use --update "
             "with that source to read its changed files anew"

@@ -43,9 +43,11 @@ from blues.data.preparing.shards import (
 )
 from blues.data.reading.sources import Plan
 from blues.data.storage import versions
-from blues.data.storage.chunks import CHUNKS, ChunkRecord
+from blues.data.storage.arrays import flags, of_flags, positions, strings, whole, whole_numbers
+from blues.data.storage.chunks import CHUNKS, ChunkRecord, numbers
 from blues.data.storage.growing import open_growing, take_name
-from blues.data.storage.store import SPLITS, Store
+from blues.data.storage.store import SPLITS, VERSION, Store
+from blues.data.tokenizer import fingerprint as tokenizer_fingerprint
 from blues.errors import DataError
 
 MOST_READINGS = 50
@@ -88,25 +90,30 @@ class Build:
         self._dropped = False  # whether what could have been reused had to be read again
         self._choose(self._unchanged())
 
-    def _choose(self, reused: frozenset[str]) -> None:
-        """Settle which files are not read again, and find what an interrupted run finished."""
-        self.reused = reused
-        self.tasks = (self.plan.only(self._read_anew) if reused else self.plan).tasks()
+    def _choose(self, reused_F: np.ndarray) -> None:
+        """Settle which files are not read again (bool[files]), and find what an interrupted run finished."""
+        self.reused_F = reused_F
+        self.tasks = self.plan.tasks(~reused_F if reused_F.any() else None)
+        self.weights = [sum(part.bytes for part in task) for task in self.tasks]
         self.request = self._request()
         open_growing(self.partial, self.request)
         found = ((number, TaskResult.read(self.partial, number)) for number in range(len(self.tasks)))
         self.results: dict[int, TaskResult] = {number: result for number, result in found if result is not None}
         self.resumed = frozenset(self.results)
 
-    def _unchanged(self) -> frozenset[str]:
-        """Files of the plan whose documents are in the dataset already, read in the same way from the same bytes."""
+    def _unchanged(self) -> np.ndarray:
+        """Which files' documents are in the dataset already, read in the same way from the same bytes: bool[files]."""
+        unchanged_F = np.zeros(len(self.table), dtype=bool)
         if self.base is None or self._split_of_base_moved:
-            return frozenset()
-        there, now = (
-            zip(*(table[name].to_pylist() for name in ("file", "content", "reading")), strict=True)
-            for table in (self.base.own_files, self.table)
-        )
-        return frozenset(file for file, _, reading in set(there) & set(now) if reading)
+            return unchanged_F
+        before = positions(self.table["file"], self.base.own_files["file"])
+        there = np.flatnonzero(before >= 0)
+        old = self.base.own_files.take(whole_numbers(before[there], pa.int32()))
+        new = self.table.filter(flags(before >= 0))
+        same = pc.and_(*(pc.equal(old[name], new[name]) for name in ("content", "reading")))
+        read = pc.greater(pc.binary_length(new["reading"]), pc.binary_length(strings([""]))[0])
+        unchanged_F[there] = of_flags(pc.and_(same, read))
+        return unchanged_F
 
     @property
     def _split_of_base_moved(self) -> bool:
@@ -122,11 +129,16 @@ class Build:
         return self.base is not None and (self._split_of_base_moved or self._dropped)
 
     @property
-    def removed(self) -> frozenset[str]:
-        """Files of the version before that the source does not have any more."""
+    def kept(self) -> int:
+        """Number of files that are not read again."""
+        return int(np.count_nonzero(self.reused_F))
+
+    @property
+    def removed(self) -> int:
+        """Number of files of the version before that the source does not have any more."""
         if self.base is None:
-            return frozenset()
-        return frozenset(self.base.own_files["file"].to_pylist()) - {file.file for file in self.plan.files}
+            return 0
+        return int(np.count_nonzero(positions(self.base.own_files["file"], self.table["file"]) < 0))
 
     @property
     def recipe(self) -> Recipe:
@@ -150,13 +162,16 @@ class Build:
         self.results[number] = result
 
     def _request(self) -> dict[str, Any]:
-        digest = xxhash.xxh3_128("\n".join(sorted(self.reused)).encode("utf-8", "surrogateescape"))
+        """What is being made of what, and in which form: what another Blues left half done is not gone on with."""
+        digest = xxhash.xxh3_128(self.reused_F.tobytes())
         for column in self.table.columns:
             for buffer in (buffer for chunk in column.chunks for buffer in chunk.buffers() if buffer is not None):
                 digest.update(buffer)
         return {
+            "format_version": VERSION,
             "settings": self.settings.tree(),
             "tokenizer": cfg.dump(self.settings.tokenizer),
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.settings.tokenizer),
             "base": None if self.base is None else self.base.newest.checksum,
             "files": digest.hexdigest(),
         }
@@ -174,9 +189,9 @@ class Build:
             brought = {chunk.split for result in self.results.values() for chunk in result.chunks}
             if all(split in brought or len(self._places(split)[0]) for split in SPLITS):
                 return True
-            if self.reused:
+            if self.reused_F.any():
                 self._dropped = True
-                self._choose(frozenset())
+                self._choose(np.zeros_like(self.reused_F))
                 return False
         extremes = {
             task: (result.lowest, result.highest)
@@ -220,10 +235,9 @@ class Build:
             sentence = self._nothing_usable(rejected)
             shutil.rmtree(self.partial)  # there is nothing to go on with
             raise DataError(sentence)
-        chunks, segments = {}, {}
+        chunks, used = {}, {}
         for split, (ordered, records) in places.items():
-            chunks[split], ordered = versions.used_chunks(records, ordered)
-            segments[split] = versions.segments_of(ordered)
+            chunks[split], used[split] = versions.used_chunks(records, ordered)
         draft = versions.Draft(
             tokenizer=self.settings.tokenizer,
             operation=operation,
@@ -233,7 +247,7 @@ class Build:
             files=self._all_files(),
             rejected=rejected,
             quarantine=quarantine,
-            segments=segments,
+            places=used,
             parent=None if self.base is None else self.base.newest.checksum,
             code=code,
         )
@@ -250,15 +264,16 @@ class Build:
     def _threshold(self) -> str:
         """What the splits go by. If documents of other sources stay as an unusual border left them, it is that one, so
         that the next update knows."""
-        if self.base is not None and self._split_of_base_moved and len(self.base.own_files) < len(self.base.files):
+        if self.base is not None and self._split_of_base_moved and len(self.base.others):
             return self.base.raw.manifest["settings"]["threshold"]
         return hex(self.split.threshold)
 
     def _sources(self) -> list[Mapping[str, Any]]:
         sources = [] if self.base is None else list(self.base.raw.manifest["sources"])
         place = 0 if self.base is None else self.base.origin
-        readings = Counter(reading for reading in self.table["reading"].to_pylist() if reading)
-        read_as = [json.loads(reading) | {"files": count} for reading, count in sorted(readings.items())]
+        counts = (count.as_py() for count in self.table["reading"].value_counts())
+        readings = sorted((count["values"], count["counts"]) for count in counts if count["values"])
+        read_as = [json.loads(reading) | {"files": files} for reading, files in readings]
         sources[place : place + 1] = [{**self.plan.source, "read_as": read_as[:MOST_READINGS]}]
         return sources
 
@@ -266,52 +281,63 @@ class Build:
         """Files of all sources of the dataset, in the order of their documents."""
         if self.base is None:
             return self.table
-        old = self.base.files
-        before, after = (compare(old["origin"], self.base.origin) for compare in (pc.less, pc.greater))
-        return pa.concat_tables([old.filter(before), self.table, old.filter(after)])
+        old, origins = self.base.files, numbers(self.base.files, "origin")
+        before, after = (old.filter(flags(of)) for of in (origins < self.base.origin, origins > self.base.origin))
+        return pa.concat_tables([before, self.table, after])
 
     def _places(self, split: str) -> tuple[np.ndarray, tuple[ChunkRecord, ...]]:
         """Where the documents of a split lie, in their order, and the chunks that the places speak of."""
         new = tuple(c for _, result in sorted(self.results.items()) for c in result.chunks if c.split == split)
         fresh = versions.unpublished(self.partial, self.settings.tokenizer, split, new)
-        rank_F = np.arange(len(self._order))
-        found, ranks = [versions.places_of(fresh, split)], [_ranks(fresh, split, self._order, rank_F)]
-        old: tuple[ChunkRecord, ...] = ()
-        if self.base is not None:
-            old = self.base.raw.chunks[split]
-            found[0]["chunk"] += len(old)
-            found.insert(0, versions.places_of(self.base.raw, split))
-            stale = pc.is_in(self._order, value_set=pa.array(self._read_anew, pa.string())).to_numpy(False)
-            ranks.insert(0, _ranks(self.base.raw, split, self._order, np.where(stale, -1, rank_F)))
-        places, rank = np.concatenate(found), np.concatenate(ranks)
-        kept = np.flatnonzero(rank >= 0)
-        return places[kept[np.argsort(rank[kept], kind="stable")]], (*old, *new)
+        places, rank = self._ranked(fresh, split)
+        if self.base is None:
+            return places[np.argsort(rank, kind="stable")], new
+        old, old_rank = self._documents_before[split]
+        kept = np.flatnonzero(self._kept_F[old_rank])
+        places["chunk"] += len(self.base.raw.chunks[split])
+        places, rank = np.concatenate([old[kept], places]), np.concatenate([old_rank[kept], rank])
+        return places[np.argsort(rank, kind="stable")], (*self.base.raw.chunks[split], *new)
+
+    @cached_property
+    def _documents_before(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Of each split the documents that there are already, and the ranks of their files."""
+        assert self.base is not None
+        return {split: self._ranked(self.base.raw, split) for split in SPLITS}
+
+    def _ranked(self, store: Store, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents of a split lie, and of each the rank of its file in `_order`, -1 without one."""
+        places, sources = versions.documents_of(store, split)
+        return places, positions(sources, self._order)
+
+    @property
+    def _kept_F(self) -> np.ndarray:
+        """For each file of `_order`, and at last for none, whether its documents of the version before stay."""
+        assert self.base is not None
+        first = int(np.count_nonzero(numbers(self.base.files, "origin") < self.base.origin))
+        kept_F = np.append(np.ones(len(self._order), dtype=bool), False)
+        kept_F[first : first + len(self.table)] = self.reused_F
+        return kept_F
 
     @cached_property
     def _order(self) -> pa.Array:
-        return self._all_files()["file"].combine_chunks()
-
-    @property
-    def _read_anew(self) -> list[str]:
-        """Files whose documents of the version before are dropped."""
-        return [file.file for file in self.plan.files if file.file not in self.reused]
+        return whole(self._all_files()["file"])
 
     def _quarantine(self) -> tuple[bytes, Counter[str]]:
         """The lines of all rejected rows, in the order of the files, and their number by reason."""
         ordered = [rejected_file(self.partial, number).read_bytes() for number in range(len(self.tasks))]
         lines = b"".join(ordered).splitlines(keepends=True)
         refused = [rejected_line(record) for record in self.plan.rejected]
+        rows = [json.loads(line) for line in lines]
         if self.base is not None:
-            others = self.base.files.filter(pc.not_equal(self.base.files["origin"], self.base.origin))
-            keep = self.reused.union(others["file"].to_pylist())
             old = self.base.raw.read_quarantine().splitlines(keepends=True)
-            lines += [line for line in old if json.loads(line)["file"] in keep]
-            rank = {file: number for number, file in enumerate(self._order.to_pylist())}
-            lines.sort(key=lambda line: rank[json.loads(line)["file"]])
-        lines = refused + lines
+            lines, rows = lines + old, rows + [json.loads(line) for line in old]
+            rank = positions(strings([row["file"] for row in rows]), self._order)
+            kept = np.append(np.ones(len(lines) - len(old), dtype=bool), self._kept_F[rank[len(lines) - len(old) :]])
+            order = np.flatnonzero(kept)[np.argsort(rank[kept], kind="stable")].tolist()
+            lines, rows = [lines[number] for number in order], [rows[number] for number in order]
+        lines, rows = refused + lines, [json.loads(line) for line in refused] + rows
         rejected: Counter[str] = Counter()
-        for line in lines:
-            row = json.loads(line)
+        for row in rows:
             rejected[row["reason"]] += row.get("rows", 1)
         return b"".join(lines), rejected
 
@@ -341,26 +367,16 @@ class Build:
 
     def progress(self) -> Progress:
         """How far it is."""
-        weights = [sum(part.bytes for part in task) for task in self.tasks]
         return Progress(
             tasks=len(self.tasks),
             tasks_done=len(self.results),
-            bytes=sum(weights),
-            bytes_done=sum(weights[number] for number in self.results),
+            bytes=sum(self.weights),
+            bytes_done=sum(self.weights[number] for number in self.results),
             documents=sum(result.documents for result in self.results.values()),
             tokens=sum(result.tokens for result in self.results.values()),
             rejected=sum(sum(result.rejected.values()) for result in self.results.values()),
             resumed=len(self.resumed),
-            bytes_resumed=sum(weights[number] for number in self.resumed),
-            reused_files=len(self.reused),
+            bytes_resumed=sum(self.weights[number] for number in self.resumed),
+            reused_files=self.kept,
             seconds=time.monotonic() - self.began,
         )
-
-
-def _ranks(store: Store, split: str, files: pa.Array, rank_F: np.ndarray) -> np.ndarray:
-    """For each document of a split the rank of its file, -1 if it is not among `files`: int64[documents]."""
-    sources = pa.chunked_array(
-        [[], *(c for t in store.tables(split, ["source"]) for c in t["source"].chunks)], pa.string()
-    )
-    numbers = pc.fill_null(pc.index_in(sources, value_set=files), len(files)).to_numpy()
-    return np.append(rank_F, -1)[numbers]

@@ -1,7 +1,7 @@
 """Columns of tables: which there are, and which hold text, id and metadata.
 
-In: a table as a whole `Part`, and what the person `Wanted`. Out: the part with its columns, or one sentence that says
-why it cannot be read: damaged, in another encoding, separated by something else, or without a column.
+In: a table as a whole `Part`, and what the person `Wanted`. Out: its `Reading` with the columns, or one sentence that
+says why it cannot be read: damaged, in another encoding, separated by something else, or without a column.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from blues.config import nearest
 from blues.data.reading.csv_rows import CsvRows, csv_header
 from blues.data.reading.places import Place
-from blues.data.reading.readers import Part
+from blues.data.reading.readers import Part, Reading
 from blues.data.reading.streams import (
     DAMAGES,
     MAX_DOCUMENT_BYTES,
@@ -76,21 +76,23 @@ def delimiter_of(named: str) -> str:
     return delimiter
 
 
-def with_columns(place: Place, whole: Part, wanted: Wanted) -> Part:
-    """A table with the columns that are read of it.
+def with_columns(place: Place, whole: Part, wanted: Wanted) -> Reading:
+    """How a table is read, with the columns that are read of it.
 
     Raises:
         DataError: it is damaged, is not what its name says, or has not the columns.
     """
     where = place.where(whole.file)
     columns, schema = _columns(place, whole, wanted)
-    if whole.kind == "csv" and wanted.delimiter is None:
-        _refuse_other_delimiter(where, columns, whole.delimiter, wanted.text_column)
+    if whole.reading.kind == "csv" and wanted.delimiter is None:
+        _refuse_other_delimiter(where, columns, whole.reading.delimiter, wanted.text_column)
     text, id = _choose_columns(where, columns, wanted)
     if schema is not None and not _holds_text(schema.field(text).type):
         raise DataError(f"{where}: column {text!r} holds {schema.field(text).type}, not text")
-    encoding = whole.encoding if schema is None else UTF8
-    return replace(whole, text_column=text, id_column=id, metadata_columns=wanted.metadata_columns, encoding=encoding)
+    encoding = whole.reading.encoding if schema is None else UTF8
+    return replace(
+        whole.reading, text_column=text, id_column=id, metadata_columns=wanted.metadata_columns, encoding=encoding
+    )
 
 
 def _refuse_other_delimiter(where: str, columns: Sequence[str], delimiter: str, text_column: str | None) -> None:
@@ -113,18 +115,19 @@ def _columns(place: Place, part: Part, wanted: Wanted) -> tuple[list[str], pa.Sc
         DataError: it has none, so it is not what its name says.
     """
     columns: list[str] | None = []
-    schema, encoding, seems = None, part.encoding, None
-    where = place.where(part.file)
+    schema, encoding, seems = None, part.reading.encoding, None
+    where, kind = place.where(part.file), part.reading.kind
     try:
-        if part.kind == "parquet":
+        if kind == "parquet":
             with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
                 schema = file.schema_arrow
             columns = list(schema.names)
         else:
-            stream, encoding = open_stream(place, part.entry, part.encoding)
+            stream, encoding = open_stream(place, part.entry, part.reading.encoding)
             with stream:
-                if part.kind == "csv":
-                    columns = csv_header(iter(CsvRows(stream, part.delimiter, limit=part.max_document_bytes)))
+                if kind == "csv":
+                    rows = CsvRows(stream, part.reading.delimiter, limit=part.reading.max_document_bytes)
+                    columns = csv_header(iter(rows))
                 else:
                     columns = _json_columns(stream, wanted)
             if not columns:
@@ -132,12 +135,12 @@ def _columns(place: Place, part: Part, wanted: Wanted) -> tuple[list[str], pa.Sc
     except DamagedStream as error:
         raise DataError(f"{where} is {error}; mend it, or name it for what it is") from None
     except DAMAGES as error:
-        raise DataError(f"{where} is damaged or not {part.kind}: {damage(error)}") from None
+        raise DataError(f"{where} is damaged or not {kind}: {damage(error)}") from None
     if not columns:
         if seems not in (None, encoding):
             raise DataError(f"{where} seems to be in {seems}; say so with --encoding {seems}")
-        form = {"csv": "a header row", "jsonl": "JSON objects, one on each line"}.get(part.kind, "columns")
-        flags = "--format" if part.kind == "parquet" else f"--format, or with --encoding if it is not in {encoding}"
+        form = {"csv": "a header row", "jsonl": "JSON objects, one on each line"}.get(kind, "columns")
+        flags = "--format" if kind == "parquet" else f"--format, or with --encoding if it is not in {encoding}"
         raise DataError(f"{where} does not begin with {form}; mend it, or say what it is with {flags}")
     return columns, schema
 

@@ -43,12 +43,12 @@ def cut(place: Place, whole: Part, part_bytes: int, above: int) -> list[Part]:
     """
     try:
         try:
-            if whole.kind == "parquet":
+            if whole.reading.kind == "parquet":
                 parts = list(_cut_parquet(place, whole, part_bytes)) if whole.entry.seeks else [whole]
-            elif whole.kind not in CUTTERS or whole.entry.size <= above or not _is_plain(place, whole):
+            elif whole.reading.kind not in CUTTERS or whole.entry.size <= above or not _is_plain(place, whole):
                 return [whole]
             else:
-                parts = list(CUTTERS[whole.kind](place, whole, part_bytes))
+                parts = list(CUTTERS[whole.reading.kind](place, whole, part_bytes))
         except DAMAGES as error:
             words = damage(error)
             place.check(whole.entry)  # one that changed need not be what the plan says
@@ -63,7 +63,7 @@ def _is_plain(place: Place, whole: Part) -> bool:
     """Whether a byte of the file is a byte of its text, so that a part can start at it."""
     if compression_of(whole.file) is not None or not whole.entry.seeks:
         return False
-    stream, encoding = open_stream(place, whole.entry, whole.encoding)
+    stream, encoding = open_stream(place, whole.entry, whole.reading.encoding)
     stream.close()
     return encoding == UTF8
 
@@ -72,7 +72,7 @@ def _cut_csv(place: Place, whole: Part, part_bytes: int) -> Iterator[Part]:
     """Parts that end between two rows. The whole file is read for its quotes."""
     size, start, first, row = whole.entry.size, 0, 1, 0  # row: the number of the first of `ends`, the header being 0
     with place.open(whole.entry) as stream:
-        for ends in csv_row_ends(stream, whole.delimiter, size, whole.max_document_bytes):
+        for ends in csv_row_ends(stream, whole.reading.delimiter, size, whole.reading.max_document_bytes):
             while True:
                 at = max(int(np.searchsorted(ends, start + part_bytes)), 1 - row)
                 if at >= len(ends) or ends[at] >= size:

@@ -31,7 +31,7 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from blues.config import nearest
-from blues.data.reading.places import LINK, Choose, Entry, Place, hidden_below, in_order, shown
+from blues.data.reading.places import LINK, Choose, Entry, Listing, Place, hidden_below, in_order, shown, texts
 from blues.data.reading.remote import redact
 from blues.errors import DataError
 
@@ -39,6 +39,8 @@ SCHEMES = ("https", "http", "ssh", "git", "file")
 OBJECT_ID = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 HELD_BYTES = 8 << 20
 """Contents up to this size are held in memory; a larger one lies in a temporary file while it is read."""
+LISTED_BYTES = 1 << 18
+"""Of a listing, taken from git at a time."""
 SYMLINK = "120000"
 FETCHED = "refs/blues"
 """Where the cache keeps what was fetched whole, by commit."""
@@ -71,22 +73,32 @@ class GitFiles(Place):
     url: str = field(default="", repr=False)  # may hold a password
     _contents: Contents = field(default_factory=lambda: Contents(), compare=False, repr=False)
 
-    def entries(self, choose: Choose, ignored: Counter[str]) -> list[Entry]:
-        found = []
-        for mode, kind, id, size, path in _list_tree(self.repository, self.commit):
-            if hidden_below(path):
+    def entries(self, choose: Choose, ignored: Counter[str]) -> Listing:
+        paths: list[str] = []
+        ids: list[str] = []
+        sizes: list[int] = []
+        hidden: dict[str, bool] = {}
+        for line in _list_tree(self.repository, self.commit):
+            about, _, path = line.partition("\t")
+            folder, _, name = path.rpartition("/")
+            if folder not in hidden:
+                hidden[folder] = hidden_below(path)
+            if hidden[folder]:
                 continue
-            if kind == "commit":
-                ignored["submodule"] += 1
-                continue
-            reason = LINK if mode == SYMLINK else choose(path.rpartition("/")[2])
+            mode, kind, id, size = about.split()
+            reason = "submodule" if kind == "commit" else LINK if mode == SYMLINK else choose(name)
             if reason is not None:
                 ignored[reason] += 1
             elif not size.isdigit():
                 raise DataError(_missing(self.where(shown(path)), self.repository))
             else:
-                found.append(Entry(shown(path), id, int(size), id))
-        return in_order(found)
+                paths.append(path)
+                ids.append(id)
+                sizes.append(int(size))
+        return in_order(Listing(texts(paths), ids, sizes, ids))
+
+    def look(self, listing: Listing) -> tuple[Listing, list[str]]:
+        return listing, [f"git:{id}" for id in listing.paths]
 
     def open(self, entry: Entry) -> BinaryIO:
         if self.url and not self.repository.exists():  # in a process on another machine than the one that planned
@@ -330,12 +342,31 @@ def _is_name(ref: str) -> bool:
     return bool(ref) and not ref.startswith("-") and ref.isprintable()
 
 
-def _list_tree(folder: Path, commit: str) -> Iterator[tuple[str, str, str, str, str]]:
-    """Mode, kind, id, size and path of everything below `folder` in a commit."""
-    for line in _git(["ls-tree", "-r", "-z", "-l", commit], folder).split(b"\0")[:-1]:
-        about, _, path = line.partition(b"\t")
-        mode, kind, id, size = about.decode().split()
-        yield mode, kind, id, size, path.decode("utf-8", "surrogateescape")
+def _list_tree(folder: Path, commit: str) -> Iterator[str]:
+    """Mode, kind, id and size with blanks between them, a tab and the path of everything below `folder` in a commit, in
+    the order of paths. They are given while git still looks for the sizes of others.
+
+    Raises:
+        DataError: git failed.
+    """
+    with _temporary() as errors:
+        process = _start(["ls-tree", "-r", "-z", "-l", commit], folder, stdin=subprocess.DEVNULL, stderr=errors)
+        output = cast(IO[bytes], process.stdout)
+        try:
+            rest = b""
+            while block := output.read(LISTED_BYTES):
+                lines, _, rest = (rest + block).rpartition(b"\0")
+                if lines:
+                    yield from lines.decode("utf-8", "surrogateescape").split("\0")
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            output.close()
+            failed = process.wait()
+        if failed:
+            errors.seek(0)
+            raise DataError(_sentence(errors.read(), str(folder)))
 
 
 def _git(arguments: list[str], folder: Path | None, *, url: str = "", fails: int = 0) -> bytes:

@@ -1,6 +1,6 @@
 """What the person named, as a place and the files there.
 
-In: a path, a URL or a git repository. Out: `Located`, with the entries that are to be read.
+In: a path, a URL or a git repository. Out: `Located`, with the listing of the files that are to be read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from blues.data.reading import git
-from blues.data.reading.places import Choose, Entry, LocalFiles, Place
+from blues.data.reading.places import Choose, Listing, LocalFiles, Place
 from blues.data.reading.places import shown as as_text
 from blues.data.reading.remote import RemoteFiles, redact
 from blues.data.storage.manifest import is_dataset
@@ -33,7 +33,7 @@ class Located:
     place: Place
     name: str
     shown: str
-    entries: list[Entry]
+    listing: Listing
     single: bool = False
 
 
@@ -84,14 +84,14 @@ def _local(path: Path, choose: Choose, ignored: Counter[str]) -> Located:
     if not stat.S_ISREG(mode):
         raise DataError(f"{shown} is neither a file nor a folder, and a pipe or device cannot be read twice")
     place = LocalFiles(path.parent)
-    return Located(place, name, shown, [place.entry(path.name)], single=True)
+    return Located(place, name, shown, Listing.of([place.entry(path.name)]), single=True)
 
 
 def _remote(url: str, choose: Choose, ignored: Counter[str]) -> Located:
     place = RemoteFiles(url)
     single = place.is_file(choose)
-    entries = [place.entry()] if single else place.entries(choose, ignored)
-    return Located(place, place.name, repr(redact(url)), entries, single)
+    listing = Listing.of([place.entry()]) if single else place.entries(choose, ignored)
+    return Located(place, place.name, repr(redact(url)), listing, single)
 
 
 def _repository(place: git.GitFiles, shown: str, choose: Choose, ignored: Counter[str]) -> Located:
@@ -101,8 +101,9 @@ def _repository(place: git.GitFiles, shown: str, choose: Choose, ignored: Counte
 def _file_of_repository(path: Path, commit: str, ignored: Counter[str]) -> Located:
     place = git.of_folder(path.parent, commit)
     shown = f"{str(path)!r} at {place.commit[:12]}"
-    entries = [entry for entry in place.entries(lambda _: None, ignored) if entry.file == as_text(path.name)]
-    if not entries:
+    name = as_text(path.name)
+    listing = place.entries(lambda _: None, ignored)
+    if name not in listing.names:
         raise DataError(f"there is no file {shown}; it is newer than that commit")
     ignored.clear()
-    return Located(place, as_text(path.name), shown, entries, single=True)
+    return Located(place, name, shown, Listing.of([listing.entry(listing.names.index(name))]), single=True)

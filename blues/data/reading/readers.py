@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -74,17 +75,11 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a file, and how it is read. `start`, `stop`: bytes, or row groups of a Parquet file; `row`: the first
-    row's number. `encoding`: what a file without a byte order mark is in; `delimiter`: of CSV; `max_document_bytes`:
-    of a row, or of a file of source code."""
+class Reading:
+    """How a file is read; all files that are read alike share one. `encoding`: what a file without a byte order mark is
+    in; `delimiter`: of CSV; `max_document_bytes`: of a row, or of a file of source code."""
 
-    entry: Entry
     kind: str  # "csv", "jsonl", "parquet", "text" or "source"
-    start: int
-    stop: int
-    row: int = 1
-    bytes: int = 0  # what it weighs when parts are put into tasks, and in the progress line
     text_column: str | None = None
     id_column: str | None = None
     metadata_columns: tuple[str, ...] = ()
@@ -92,6 +87,25 @@ class Part:
     language: str | None = None
     delimiter: str = ""
     max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+    @cached_property
+    def described(self) -> str:
+        """As JSON without what is empty: what a dataset remembers of a file, so that an update can compare it."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return json.dumps({name: value for name, value in values if value})
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a file, and how it is read. `start`, `stop`: bytes, or row groups of a Parquet file; `row`: the first
+    row's number."""
+
+    entry: Entry
+    reading: Reading
+    start: int = 0
+    stop: int = WHOLE
+    row: int = 1
+    bytes: int = 0  # what it weighs when parts are put into tasks, and in the progress line
 
     @property
     def file(self) -> str:
@@ -110,7 +124,7 @@ def read_part(place: Place, part: Part) -> Iterator[Record]:
     """
     try:
         try:
-            yield from READERS[part.kind](place, part)
+            yield from READERS[part.reading.kind](place, part)
         except DAMAGES as error:
             words = damage(error)
             place.check(part.entry)  # one that changed need not be what the plan says
@@ -124,18 +138,18 @@ def read_part(place: Place, part: Part) -> Iterator[Record]:
 
 
 def _read_csv(place: Place, part: Part) -> Iterator[Record]:
-    limit = part.max_document_bytes
-    stream, encoding = open_stream(place, part.entry, part.encoding)
+    limit = part.reading.max_document_bytes
+    stream, encoding = open_stream(place, part.entry, part.reading.encoding)
     with stream:
-        header = csv_header(iter(CsvRows(stream, part.delimiter, limit=limit)))
+        header = csv_header(iter(CsvRows(stream, part.reading.delimiter, limit=limit)))
     if header is None:
         raise DataError(f"{place.where(part.file)} has no header row")
-    text_at = header.index(part.text_column or "")
-    id_at = None if part.id_column is None else header.index(part.id_column)
-    metadata_at = [header.index(column) for column in part.metadata_columns]
-    stream, _ = open_stream(place, part.entry, part.encoding)
+    text_at = header.index(part.reading.text_column or "")
+    id_at = None if part.reading.id_column is None else header.index(part.reading.id_column)
+    metadata_at = [header.index(column) for column in part.reading.metadata_columns]
+    stream, _ = open_stream(place, part.entry, part.reading.encoding)
     with stream:
-        rows = CsvRows(stream, part.delimiter, part.start if part.row > 1 else 0, limit)
+        rows = CsvRows(stream, part.reading.delimiter, part.start if part.row > 1 else 0, limit)
         row = part.row - 1
         cells: Iterator[list[str] | Exception] = iter(rows)
         if part.row == 1:
@@ -160,9 +174,9 @@ def _read_csv(place: Place, part: Part) -> Iterator[Record]:
 
 
 def _read_jsonl(place: Place, part: Part) -> Iterator[Record]:
-    stream, encoding = open_stream(place, part.entry, part.encoding)
+    stream, encoding = open_stream(place, part.entry, part.reading.encoding)
     with stream:
-        lines = Lines(stream, part.start, part.max_document_bytes)
+        lines = Lines(stream, part.start, part.reading.max_document_bytes)
         row = part.row - 1
         while lines.position < part.stop:
             row += 1
@@ -194,15 +208,15 @@ def _json_row(part: Part, row: int, line: bytes, encoding: str) -> Record:
         return Rejected(part.file, row, "invalid JSON", str(error))
     if not isinstance(value, dict):
         return Rejected(part.file, row, "not a JSON object", _called(value))
-    for column in (part.text_column, part.id_column):
+    for column in (part.reading.text_column, part.reading.id_column):
         if column is not None and column not in value:
             return Rejected(part.file, row, f"no column {column!r}", f"it has {', '.join(map(repr, value))}"[:200])
-    metadata = [value.get(column) for column in part.metadata_columns]
-    return _table_row(part, row, value[part.text_column], value.get(part.id_column), metadata, encoding)
+    metadata = [value.get(column) for column in part.reading.metadata_columns]
+    return _table_row(part, row, value[part.reading.text_column], value.get(part.reading.id_column), metadata, encoding)
 
 
 def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
-    names = [part.text_column, part.id_column, *part.metadata_columns]
+    names = [part.reading.text_column, part.reading.id_column, *part.reading.metadata_columns]
     columns = list(dict.fromkeys(name for name in names if name is not None))
     with open_random(place, part.entry) as stream, pq.ParquetFile(stream) as file:
         row = part.row - 1
@@ -224,9 +238,9 @@ def _read_parquet(place: Place, part: Part) -> Iterator[Record]:
 
 def _parquet_rows(batch: pa.RecordBatch, part: Part) -> Iterator[tuple[Any, ...]]:
     """Text, id and the metadata columns of each row."""
-    texts = _text_values(batch.column(part.text_column))
-    ids = column_values(batch.column(part.id_column)) if part.id_column else [None] * len(texts)
-    metadata = [column_values(batch.column(column)) for column in part.metadata_columns]
+    texts = _text_values(batch.column(part.reading.text_column))
+    ids = column_values(batch.column(part.reading.id_column)) if part.reading.id_column else [None] * len(texts)
+    metadata = [column_values(batch.column(column)) for column in part.reading.metadata_columns]
     return zip(texts, ids, *metadata, strict=True)
 
 
@@ -239,7 +253,7 @@ def _text_values(column: pa.Array) -> list[bytes | None]:
 
 def _read_source(place: Place, part: Part) -> Iterator[Record]:
     """One document: the file. Python source may name its encoding in its first lines (PEP 263)."""
-    limit, encoding = part.max_document_bytes, part.encoding
+    limit, encoding = part.reading.max_document_bytes, part.reading.encoding
     size = part.entry.size
     try:
         content = b""
@@ -249,7 +263,7 @@ def _read_source(place: Place, part: Part) -> Iterator[Record]:
                 if len(content) > size:  # decompressed
                     content += stream.read(limit + 1 - len(content))
             size = max(size, len(content))
-        named = cookie(content) if part.language == "python" else None
+        named = cookie(content) if part.reading.language == "python" else None
         encoding = marked(content) or (encoding if named is None else codec(named))
         if encoding != UTF8:
             content = decode(content, encoding)
@@ -266,7 +280,7 @@ def _read_source(place: Place, part: Part) -> Iterator[Record]:
 
 def _read_text(place: Place, part: Part) -> Iterator[Record]:
     """The file as one document, or a long one in pieces, numbered like rows."""
-    stream, encoding = open_stream(place, part.entry, part.encoding)
+    stream, encoding = open_stream(place, part.entry, part.reading.encoding)
     row: int | None = None
     with stream:
         try:
@@ -294,7 +308,7 @@ def _whole_file(part: Part, content: bytes, encoding: str) -> Record:
 
 
 def _about(part: Part) -> dict[str, Any]:
-    return {} if part.language is None else {"language": part.language}
+    return {} if part.reading.language is None else {"language": part.reading.language}
 
 
 def is_lfs_pointer(content: bytes) -> bool:
@@ -331,15 +345,15 @@ def _cut(content: bytes) -> int:
 def _table_row(part: Part, row: int, text: Any, id: Any, values: Sequence[Any], encoding: str) -> Record:
     """A row of a table as a document; text may come as str, or as bytes that are to be UTF-8."""
     if text is None:
-        return Rejected(part.file, row, "no text", f"column {part.text_column!r} is null")
+        return Rejected(part.file, row, "no text", f"column {part.reading.text_column!r} is null")
     if not isinstance(text, (str, bytes)):
-        return Rejected(part.file, row, "not text", f"column {part.text_column!r} holds {_called(text)}")
-    if part.id_column is None:
+        return Rejected(part.file, row, "not text", f"column {part.reading.text_column!r} holds {_called(text)}")
+    if part.reading.id_column is None:
         id = f"{part.file}:{row}"
     elif id is None or id == "" or isinstance(id, (dict, list, Unusable)):
-        return Rejected(part.file, row, "no id", f"column {part.id_column!r} holds {id!r}"[:200])
+        return Rejected(part.file, row, "no id", f"column {part.reading.id_column!r} holds {id!r}"[:200])
     metadata = {}
-    for column, value in zip(part.metadata_columns, values, strict=True):
+    for column, value in zip(part.reading.metadata_columns, values, strict=True):
         try:
             if isinstance(value, Unusable):
                 raise value
@@ -367,11 +381,11 @@ def clean_text(
             id.encode("utf-8")
     except UnicodeError as error:
         position = getattr(error, "start", 0)
-        if part.kind == "jsonl":  # its line was valid, so an escape wrote it
+        if part.reading.kind == "jsonl":  # its line was valid, so an escape wrote it
             return Rejected(part.file, row, "lone surrogate", f"at position {position}: half of a pair of \\u escapes")
         return Rejected(part.file, row, *_undecodable(encoding, position, ""))
-    if size > part.max_document_bytes:
-        return Rejected(part.file, row, "row too long", longer_than(part.max_document_bytes))
+    if size > part.reading.max_document_bytes:
+        return Rejected(part.file, row, "row too long", longer_than(part.reading.max_document_bytes))
     if "\0" in text:
         return Rejected(part.file, row, "NUL byte", f"at position {text.index(chr(0))}: binary or damaged")
     if not text or text.isspace():

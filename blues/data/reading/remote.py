@@ -25,7 +25,17 @@ from urllib.parse import unquote, urlsplit
 
 import xxhash
 
-from blues.data.reading.places import LINK, READ_BYTES, Choose, Entry, Place, hidden_below, in_order, passes_over
+from blues.data.reading.places import (
+    LINK,
+    READ_BYTES,
+    Choose,
+    Entry,
+    Listing,
+    Place,
+    hidden_below,
+    in_order,
+    passes_over,
+)
 from blues.errors import DataError
 
 ONE_REQUEST_BYTES = 4 << 20
@@ -88,12 +98,12 @@ class RemoteFiles(Place):
         _, root = self._connect()
         return Entry(self.name, root, -1, "")
 
-    def entries(self, choose: Choose, ignored: Counter[str]) -> list[Entry]:
+    def entries(self, choose: Choose, ignored: Counter[str]) -> Listing:
         with self._reaching("", DataError):
             system, root = self._connect()
             system.invalidate_cache()  # what it listed for an earlier plan
             listed = self._walk(system, root) if _walks(system) else _again(lambda: system.find(root, detail=True))
-        found = []
+        found: list[Entry] = []
         for path, info in listed.items():
             if _is_http(system):
                 if urlsplit(path).path.endswith("/"):  # another order of the same listing
@@ -110,7 +120,7 @@ class RemoteFiles(Place):
             else:
                 size = info.get("size")
                 found.append(Entry(_text(file), path, -1 if size is None else size, _first(_stamps(info, IDENTITIES))))
-        return in_order(found)
+        return in_order(Listing.of(found))
 
     def _walk(self, system: Any, root: str) -> dict[str, dict[str, Any]]:
         """Every file below a folder with what is known of it. (fsspec's own walk leaves out what it fails to list.)"""

@@ -1,10 +1,11 @@
 """From what the person named to a plan: which parts of which files are read, in a fixed order.
 
 In: a file, a folder that is walked, a URL, or a git repository at a commit; which columns hold text, id and metadata.
-Out: a `Plan` of `Part`s that `readers.py` turns into documents. The plan depends on the names, sizes and contents of
+Out: a `Plan`, whose `Part`s `readers.py` turns into documents. The plan depends on the names, sizes and contents of
 the files alone: not on where they lie, on their times, or on how many processes will read them.
 
     places.py, remote.py, git.py    list and open files
+    kinds.py                        what a file holds, by its name
     columns.py                      which columns of a table are read
     cutting.py                      large files in parts
     readers.py, streams.py          parts to rows to documents
@@ -13,33 +14,28 @@ the files alone: not on where they lie, on their times, or on how many processes
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from blues.config import nearest
 from blues.data.reading.columns import Wanted, delimiter_of, with_columns
 from blues.data.reading.csv_rows import csv_delimiter
 from blues.data.reading.cutting import cut
+from blues.data.reading.kinds import KINDS, TABLE_KINDS, guess_kind, language_of, suffix_of
 from blues.data.reading.locate import Located, locate
-from blues.data.reading.places import Entry, Place
-from blues.data.reading.readers import (
-    LFS_DETAIL,
-    LFS_REASON,
-    WHOLE,
-    Part,
-    Rejected,
-    is_lfs_pointer,
-)
-from blues.data.reading.streams import (
-    COMPRESSIONS,
-    MAX_DOCUMENT_BYTES,
-    codec,
-)
+from blues.data.reading.places import Choose, Entry, Listing, Place, in_threads
+from blues.data.reading.readers import LFS_DETAIL, LFS_REASON, Part, Reading, Rejected, is_lfs_pointer
+from blues.data.reading.streams import MAX_DOCUMENT_BYTES, codec
+from blues.data.storage.arrays import flags, strings, whole, whole_numbers
+from blues.data.storage.chunks import numbers
 from blues.errors import DataError
 
 PART_BYTES = 4 << 20
@@ -49,59 +45,37 @@ MAX_TASKS = 1 << 14
 MOST_IGNORED = 100
 """Kinds of files passed over that are told apart; the rest is one sum."""
 
-TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-TEXTS = {".txt": None, ".md": "markdown", ".rst": "restructuredtext", ".tex": "tex"}
-LANGUAGES = {
-    **{".py": "python", ".pyi": "python", ".go": "go", ".rs": "rust", ".java": "java", ".kt": "kotlin"},
-    **{".js": "javascript", ".jsx": "javascript", ".mjs": "javascript", ".ts": "typescript", ".tsx": "typescript"},
-    **{".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hpp": "cpp", ".cs": "csharp"},
-    **{".rb": "ruby", ".php": "php", ".swift": "swift", ".scala": "scala", ".lua": "lua", ".pl": "perl", ".r": "r"},
-    **{".jl": "julia", ".hs": "haskell", ".ml": "ocaml", ".sh": "bash", ".bash": "bash", ".sql": "sql", ".zig": "zig"},
-    **{".html": "html", ".css": "css", ".json": "json", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"},
-}
-KIND_OF = {**dict.fromkeys(LANGUAGES, "source"), **dict.fromkeys(TEXTS, "text"), **TABLES}
-KINDS = ("csv", "jsonl", "parquet", "text", "source")
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source. `content`: equal ones mean equal bytes; `bytes`: its size as it lies there."""
-
-    file: str
-    content: str
-    bytes: int
-
 
 @dataclass(frozen=True)
 class Plan:
     """What will be read, and where it lies.
 
-    files: by name. parts: the files that are read, each as one part; `tasks` cuts large ones. rejected: tables of a
-    folder that cannot be read. ignored: files passed over, by suffix or reason.
+    files: by name: `file`, `content` (equal ones mean equal bytes), `bytes` (the size as it lies there) and `reading`
+    (one of `readings` by what describes it, empty for a file that is not read). listing: where each of them lies.
+    rejected: tables of a folder that cannot be read. ignored: files passed over, by suffix or reason.
     """
 
     root: Place
     name: str
-    files: tuple[SourceFile, ...]
-    parts: tuple[Part, ...]
+    files: pa.Table
+    listing: Listing
+    readings: dict[str, Reading]
     rejected: tuple[Rejected, ...]
     ignored: dict[str, int]
 
     @property
     def bytes(self) -> int:
         """Size of the files as they lie there."""
-        return sum(file.bytes for file in self.files)
+        return int(numbers(self.files, "bytes").sum())
 
-    @property
+    @cached_property
     def content(self) -> str:
-        """Checksum of the names and contents of all files."""
-        digest = xxhash.xxh3_128()
-        for file in self.files:
-            digest.update(f"{file.file}\0{file.content}\0".encode())
-        return digest.hexdigest()
+        """Checksum of the names and contents of all files, with a NUL behind each."""
+        empty, nul = strings(["", "\0"])
+        columns = (whole(self.files[name]).cast(pa.large_string()) for name in ("file", "content"))
+        joined = pc.binary_join_element_wise(*columns, *(value.cast(pa.large_string()) for value in (empty, nul)))
+        _, ends, content = joined.buffers()
+        return xxhash.xxh3_128_hexdigest(content or b"")
 
     @property
     def source(self) -> dict[str, Any]:
@@ -115,20 +89,29 @@ class Plan:
             "content": self.content,
         }
 
-    def only(self, files: Collection[str]) -> Plan:
-        """The same with the parts of these files alone."""
-        wanted = frozenset(files)
-        return replace(self, parts=tuple(part for part in self.parts if part.file in wanted))
+    def parts(self, wanted: np.ndarray | None = None) -> list[Part]:
+        """The files that are read, each as one part. `wanted`, bool[files]: only those of them."""
+        readings = self.files["reading"]
+        chosen = range(len(self.files)) if wanted is None else np.flatnonzero(wanted).tolist()
+        if wanted is not None:
+            readings = readings.filter(flags(wanted))
+        parts = []
+        for number, described in zip(chosen, readings.to_pylist(), strict=True):
+            if described:
+                entry = self.listing.entry(number)
+                parts.append(Part(entry, self.readings[described], bytes=entry.size))
+        return parts
 
-    def tasks(self) -> list[tuple[Part, ...]]:
-        """The parts in order, large files cut between rows, in groups of about PART_BYTES: what one process reads and
+    def tasks(self, wanted: np.ndarray | None = None) -> list[tuple[Part, ...]]:
+        """The `parts` in order, large files cut between rows, in groups of about PART_BYTES: what one process reads and
         writes at a time.
 
         Raises:
             DataError: a file that vanished, changed or cannot be read.
         """
-        cut_above = max(PART_BYTES, self.root.cut_above(sum(part.bytes for part in self.parts)))
-        pieces = _map(self.root, lambda part: cut(self.root, part, PART_BYTES, cut_above), self.parts)
+        whole = self.parts(wanted)
+        cut_above = max(PART_BYTES, self.root.cut_above(sum(part.bytes for part in whole)))
+        pieces = in_threads(self.root.threads, lambda part: cut(self.root, part, PART_BYTES, cut_above), whole)
         parts = [piece for found in pieces for piece in found]
         target = max(PART_BYTES, sum(part.bytes for part in parts) // MAX_TASKS)
         groups: list[list[Part]] = []
@@ -140,15 +123,6 @@ class Plan:
             groups[-1].append(part)
             size += part.bytes
         return [tuple(group) for group in groups]
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A file of the source: a part, a rejection, or neither for an empty table."""
-
-    file: SourceFile
-    part: Part | None = None
-    rejected: Rejected | None = None
 
 
 def plan(
@@ -196,60 +170,118 @@ def plan(
         max_document_bytes,
     )
     ignored: Counter[str] = Counter()
-
-    def choose(name: str) -> str | None:
-        if name.startswith("."):
-            return "hidden file"
-        if kind is None and guess_kind(name) is None:
-            return Path(name).suffix.lower() or "no suffix"
-        return None
-
-    located = locate(path, commit, choose, ignored, report)
-    planned = list(_map(located.place, lambda entry: _plan_entry(located, entry, wanted), located.entries))
-    ignored["empty table"] += sum(not (file.part or file.rejected) for file in planned)
-    rejected = [file.rejected for file in planned if file.rejected is not None]
-    parts = [file.part for file in planned if file.part is not None]
-    if rejected and (not parts or (text_column and all(part.text_column is None for part in parts))):
+    located = locate(path, commit, _chooser(kind), ignored, report)
+    listing, contents = located.place.look(located.listing)
+    readings, number_F, rejected = _readings(located, listing, wanted)
+    ignored["empty table"] += int(np.count_nonzero(number_F == 0)) - len(rejected)
+    if rejected and (not readings or (text_column and all(r.text_column is None for r in readings.values()))):
         raise DataError(f"no table in {located.shown} can be read; {rejected[0].file}: {rejected[0].detail}")
-    if not parts:
+    if not readings:
         raise DataError(_nothing_to_read(located, ignored))
     return Plan(
         root=located.place,
         name=located.name,
-        files=tuple(file.file for file in planned),
-        parts=tuple(parts),
+        files=_table(listing, contents, strings(["", *readings]).take(whole_numbers(number_F, pa.int32()))),
+        listing=listing,
+        readings=readings,
         rejected=tuple(rejected),
         ignored=_most_common(ignored),
     )
 
 
-def _map(place: Place, function: Callable[[Given], Made], items: Sequence[Given]) -> Iterable[Made]:
-    """The results in order; several at a time where each file takes long to reach."""
-    if place.threads == 1 or len(items) < 2:
-        return map(function, items)
-    with ThreadPoolExecutor(place.threads) as pool:
-        try:
-            return list(pool.map(function, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # one failure, or Ctrl-C, is enough
-            raise
+def _table(listing: Listing, contents: Sequence[str], readings: pa.Array) -> pa.Table:
+    """`Plan.files`."""
+    columns = {
+        "file": strings(listing.names),
+        "content": strings(contents),
+        "bytes": whole_numbers(np.array(listing.sizes), pa.uint64()),
+        "reading": readings,
+    }
+    return pa.table(columns)
 
 
-def _plan_entry(located: Located, entry: Entry, wanted: Wanted) -> _Planned:
+def _chooser(kind: str | None) -> Choose:
+    """Why a file is passed over, by its name alone; found out once for each suffix."""
+    reasons: dict[str, str | None] = {}
+
+    def choose(name: str) -> str | None:
+        if name.startswith("."):
+            return "hidden file"
+        suffix = suffix_of(name)
+        if suffix not in reasons:
+            other = f".{suffix.lower().rpartition('.')[2]}" if suffix else "no suffix"
+            reasons[suffix] = other if kind is None and guess_kind(suffix) is None else None
+        return reasons[suffix]
+
+    return choose
+
+
+def _readings(
+    located: Located, listing: Listing, wanted: Wanted
+) -> tuple[dict[str, Reading], np.ndarray, list[Rejected]]:
+    """How files are read: the ways there are, by what describes them; the number of each file's, from 1, or 0 for a
+    table that is empty or rejected: int32[files]; the tables that are rejected.
+
+    A look at its suffix is enough for text and source code, and one for each suffix; each table is looked into.
+    """
+    readings: dict[str, Reading] = {}
+    numbers: dict[str, int] = {}
+    known: dict[str, int] = {}
+
+    def number_of(reading: Reading) -> int:
+        readings.setdefault(reading.described, reading)
+        return numbers.setdefault(reading.described, len(readings))
+
+    found: list[int] = []
+    for name in listing.names:
+        suffix = suffix_of(name)
+        number = known.get(suffix)
+        if number is None:
+            reading = _reading(located, suffix, wanted)
+            number = known[suffix] = -1 if reading.kind in TABLE_KINDS else number_of(reading)
+        found.append(number)
+    number_F = np.array(found, np.int32)
+    tables = np.flatnonzero(number_F < 0).tolist()
+    looked = in_threads(located.place.threads, lambda at: _read_table(located, listing.entry(at), wanted), tables)
+    for at, one in zip(tables, looked, strict=True):
+        number_F[at] = number_of(one) if isinstance(one, Reading) else 0
+    return readings, number_F, [one for one in looked if isinstance(one, Rejected)]
+
+
+def _reading(located: Located, suffix: str, wanted: Wanted) -> Reading:
+    """How files with this suffix are read, without the columns of tables."""
+    kind = wanted.kind or guess_kind(suffix)
+    if kind is None:
+        raise DataError(
+            f"{located.shown} does not say by its name what it holds; add --format, one of: {', '.join(KINDS)}"
+        )
+    language = None if kind in TABLE_KINDS else language_of(suffix)
+    return Reading(kind, encoding=wanted.encoding, language=language, max_document_bytes=wanted.max_document_bytes)
+
+
+def _read_table(located: Located, entry: Entry, wanted: Wanted) -> Reading | Rejected | None:
+    """How a table is read; None for one without a byte.
+
+    Raises:
+        DataError: it is damaged or has not the columns, and was named itself; one of a folder is rejected.
+    """
     place = located.place
+    if not entry.size:
+        return None
+    reading = _reading(located, suffix_of(entry.file), wanted)
+    if reading.kind == "csv":
+        reading = replace(reading, delimiter=wanted.delimiter or csv_delimiter(entry.file))
     try:
-        entry = place.resolve(entry)
-        file = SourceFile(entry.file, place.content(entry), entry.size)
-        try:
-            return _Planned(file, _plan_file(place, entry, _kind(located, entry, wanted.kind), wanted))
-        except DataError as error:
-            if located.single:
-                raise
-            detail = str(error).replace(place.where(entry.file), "it")  # a dataset names no folder of this machine
-            reason = LFS_REASON if isinstance(error, LfsPointer) else "table that cannot be read"
-            return _Planned(file, rejected=Rejected(entry.file, None, reason, detail))
+        _refuse_lfs_pointer(place, entry)
+        return with_columns(place, Part(entry, reading), wanted)
+    except DataError as error:
+        if located.single:
+            raise
+        detail = str(error).replace(place.where(entry.file), "it")  # a dataset names no folder of this machine
+        reason = LFS_REASON if isinstance(error, LfsPointer) else "table that cannot be read"
+        return Rejected(entry.file, None, reason, detail)
     except OSError as error:
-        raise DataError(f"cannot read {place.where(entry.file)}: {error.strerror or error}") from None
+        raise place.unreadable(entry.file, error) from None
 
 
 def _nothing_to_read(located: Located, ignored: Counter[str]) -> str:
@@ -268,66 +300,8 @@ def _most_common(ignored: Counter[str]) -> dict[str, int]:
     return dict(sorted([*ordered[:MOST_IGNORED], *([("other kinds", rest)] if rest else [])]))
 
 
-def guess_kind(name: str) -> str | None:
-    """The kind of a file by its name: a member of KINDS, or None if that does not say."""
-    stem, suffix = _split_suffix(name.rpartition("/")[2].lower())
-    if suffix not in COMPRESSIONS:
-        return KIND_OF.get(suffix)
-    inner = KIND_OF.get(_split_suffix(stem)[1])
-    return None if inner in ("parquet", "source") else inner
-
-
-def _inner_suffix(name: str) -> str:
-    """`.jsonl` of `a.jsonl.gz`, as pathlib understands a suffix, at a tenth of its time."""
-    stem, suffix = _split_suffix(name.rpartition("/")[2].lower())
-    return _split_suffix(stem)[1] if suffix in COMPRESSIONS else suffix
-
-
-def _split_suffix(name: str) -> tuple[str, str]:
-    stem, _, suffix = name.rpartition(".")
-    return (stem, f".{suffix}") if stem and suffix else (name, "")
-
-
-def _kind(located: Located, entry: Entry, kind: str | None) -> str:
-    chosen = kind or guess_kind(entry.file)
-    if chosen is None:
-        raise DataError(
-            f"{located.shown} does not say by its name what it holds; add --format, one of: {', '.join(KINDS)}"
-        )
-    return chosen
-
-
 class LfsPointer(DataError):
     """A table whose content was left elsewhere by git LFS."""
-
-
-def _plan_file(place: Place, entry: Entry, kind: str, wanted: Wanted) -> Part | None:
-    """The file as one part; None for a table without a byte.
-
-    Raises:
-        DataError: a table that is damaged or has not the columns.
-    """
-    language = None
-    if kind in ("text", "source"):
-        suffix = _inner_suffix(entry.file)
-        language = LANGUAGES.get(suffix, TEXTS.get(suffix))
-    whole = Part(
-        entry=entry,
-        kind=kind,
-        start=0,
-        stop=WHOLE,
-        bytes=entry.size,
-        encoding=wanted.encoding,
-        language=language,
-        delimiter=(wanted.delimiter or csv_delimiter(entry.file)) if kind == "csv" else "",
-        max_document_bytes=wanted.max_document_bytes,
-    )
-    if kind in ("text", "source"):
-        return whole
-    if not entry.size:
-        return None
-    _refuse_lfs_pointer(place, entry)
-    return with_columns(place, whole, wanted)
 
 
 def _refuse_lfs_pointer(place: Place, entry: Entry) -> None:

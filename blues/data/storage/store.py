@@ -27,12 +27,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
 from blues import config as cfg
 from blues.data import tokenizer as tok
+from blues.data.storage.arrays import flags, positions, strings, whole_numbers
 from blues.data.storage.chunks import (
     INDEX_SCHEMA,
     TOKEN_TYPE,
@@ -174,7 +174,8 @@ class Store:
         return cls(path, manifest, tokenizer, chunks, segments, starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path.absolute(), self.checksum)  # the other process may work in another folder
+        where = self.path.absolute()  # the other process may work in another folder
+        return functools.partial(Store.open, where, checksum=self.checksum), ()
 
     @property
     def version(self) -> int:
@@ -269,6 +270,10 @@ class Store:
         record = self.chunks[_known(split)][chunk].index
         return indexes.get((self._absolute, record), lambda: _read_index(self.path, record))
 
+    def read_index(self, split: str, chunk: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of the document index of a chunk, not kept in memory: for who goes through all chunks once."""
+        return _read_index(self.path, self.chunks[_known(split)][chunk].index, columns)
+
     def tables(self, split: str, columns: Sequence[str] = TABLE_COLUMNS) -> Iterator[pa.Table]:
         """The documents of a split in order, a table for each segment: id, source, length (tokens, `<|endoftext|>`
         included), text_bytes, digest (xxh3-64 of the tokens), metadata (JSON)."""
@@ -276,8 +281,7 @@ class Store:
             part = self.index(split, chunk).slice(first, documents)
             if "length" in columns:
                 lengths = np.diff(numbers(part, "end").astype(np.int64), prepend=start)
-                column = pa.Array.from_buffers(pa.int64(), len(lengths), [None, pa.py_buffer(lengths)])
-                part = part.append_column("length", column)
+                part = part.append_column("length", whole_numbers(lengths, pa.int64()))
             yield part.select(list(columns))
 
     def document_ends(self, split: str) -> np.ndarray:
@@ -354,21 +358,15 @@ class Store:
                 yield Issue(record.file, f"holds {size:,} bytes where the manifest says {record.bytes:,}")
 
 
-def _reopen(path: Path, checksum: str) -> Store:
-    return Store.open(path, checksum=checksum)
-
-
 def content_fingerprint(store: Store, digests: Mapping[str, np.ndarray] | None = None) -> str:
     """What `Store.fingerprint` has to be: a checksum of the tokenizer and of the documents of each split in order.
     `digests`: those of the documents of each split, where they are known."""
     digest = xxhash.xxh3_128(store.manifest["tokenizer"]["fingerprint"].encode())
     for split in SPLITS:
         digest.update(f"\n{split} {store.num_documents(split)} {store.num_tokens(split)}\n".encode())
-        if digests is not None:
-            digest.update(np.ascontiguousarray(digests[split], dtype="<u8").data)
-            continue
-        for table in store.tables(split, ["digest"]):
-            digest.update(np.ascontiguousarray(numbers(table, "digest"), dtype="<u8").data)
+        read = (numbers(table, "digest") for table in store.tables(split, ["digest"]))
+        for values in read if digests is None else [digests[split]]:
+            digest.update(np.ascontiguousarray(values, dtype="<u8").data)
     return digest.hexdigest()
 
 
@@ -393,8 +391,9 @@ def _read_segments(
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         segments = {}
-        for split in SPLITS:
-            own = table.filter(pc.equal(table["split"], split))
+        own_S = positions(table["split"], strings(SPLITS))
+        for number, split in enumerate(SPLITS):
+            own = table.filter(flags(own_S == number))
             segments[split] = np.empty(len(own), dtype=SEGMENT_TYPE)
             for name in SEGMENT_TYPE.names or ():
                 segments[split][name] = numbers(own, name)
@@ -421,14 +420,15 @@ def _check_segments(segments: np.ndarray, chunks: Sequence[ChunkRecord]) -> None
 indexes = BoundedCache(INDEX_BYTES)
 
 
-def _read_index(path: Path, record: FileRecord) -> pa.Table:
+def _read_index(path: Path, record: FileRecord, columns: Sequence[str] = INDEX_SCHEMA.names) -> pa.Table:
     content = read_checked(path, record)
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)  # a third of the time of `read_table`
+        file = pq.ParquetFile(pa.BufferReader(content))
+        schema, table = file.schema_arrow, file.read(columns, use_threads=False)  # a third of the time of `read_table`
     except (pa.ArrowException, OSError) as error:
         what = " ".join(str(error).split())
         raise DataError(f"{str(path / record.file)!r} cannot be used ({what}); prepare the dataset again") from None
-    if not table.schema.equals(INDEX_SCHEMA):
+    if not schema.equals(INDEX_SCHEMA):
         raise DataError(f"{str(path / record.file)!r} has other columns than an index; prepare the dataset again")
     return table
 

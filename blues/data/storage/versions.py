@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from filelock import FileLock, Timeout
 
 from blues import __version__
 from blues import config as cfg
+from blues.data.storage import arrays
 from blues.data.storage import store as st
-from blues.data.storage.chunks import ChunkRecord, FileRecord, read_checked
+from blues.data.storage.arrays import strings, whole_numbers
+from blues.data.storage.chunks import ChunkRecord, FileRecord, numbers, read_checked
 from blues.data.storage.manifest import FORMAT, MANIFEST, partial_directory, write_checked_json
 from blues.data.storage.store import SEGMENT_TYPE, SPLITS, Store, content_fingerprint, version_folder
 from blues.data.tokenizer import Tokenizer
@@ -43,7 +44,13 @@ FILES_SCHEMA = pa.schema(
         ("origin", pa.uint32()),
     ]
 )
-PLACE_TYPE = np.dtype([("chunk", "<i4"), ("document", "<i8"), ("first_token", "<i8"), ("tokens", "<i8")])
+PLACE_TYPE = np.dtype(
+    [
+        *(("chunk", "<i4"), ("document", "<i8"), ("first_token", "<i8"), ("tokens", "<i8")),
+        *(("text_bytes", "<u8"), ("digest", "<u8")),
+    ]
+)
+"""Where a document lies, and what is known of it without reading it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ class Draft:
 
     operation: what made it, such as `{"kind": "prepare"}`. settings: of preparing. sources: one description for each
     source that was prepared or appended. files: of FILES_SCHEMA. rejected: rows by reason; quarantine: their lines.
-    segments: None for all chunks in order. parent: checksum of the version it was made from. code: the version of
-    Blues. attachments: further files of this version by name.
+    places: of the documents in order (PLACE_TYPE); None for all chunks as they are. parent: checksum of the version it
+    was made from. code: the version of Blues. attachments: further files of this version by name.
     """
 
     tokenizer: Tokenizer.Config
@@ -64,7 +71,7 @@ class Draft:
     files: pa.Table = field(default_factory=FILES_SCHEMA.empty_table)
     rejected: Mapping[str, int] = field(default_factory=dict)
     quarantine: bytes = b""
-    segments: Mapping[str, np.ndarray] | None = None
+    places: Mapping[str, np.ndarray] | None = None
     parent: str | None = None
     code: Mapping[str, Any] = field(default_factory=lambda: {"blues": __version__})
     attachments: Mapping[str, bytes] = field(default_factory=dict)
@@ -104,10 +111,9 @@ def _manifest(growing: Path, number: int, draft: Draft) -> dict[str, Any]:
 
     tokenizer = draft.tokenizer.build()
     chunks = {split: tuple(draft.chunks.get(split, ())) for split in SPLITS}
-    plain = draft.segments is None or all(
-        np.array_equal(draft.segments[split], st.whole_chunks(chunks[split])) for split in SPLITS
-    )
-    segments = {s: st.whole_chunks(chunks[s]) if draft.segments is None else draft.segments[s] for s in SPLITS}
+    whole = {split: st.whole_chunks(chunks[split]) for split in SPLITS}
+    segments = whole if draft.places is None else {split: segments_of(draft.places[split]) for split in SPLITS}
+    plain = all(np.array_equal(segments[split], whole[split]) for split in SPLITS)
     starts = {s: np.concatenate(([0], np.cumsum(segments[s]["tokens"], dtype=np.int64))) for s in SPLITS}
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -126,7 +132,8 @@ def _manifest(growing: Path, number: int, draft: Draft) -> dict[str, Any]:
         "sources": [dict(source) for source in draft.sources],
     }
     view = Store(directory, manifest, draft.tokenizer, chunks, segments, starts)
-    splits = {split: _totals(view, split, plain) for split in SPLITS}
+    digests = None if draft.places is None else {split: draft.places[split]["digest"] for split in SPLITS}
+    splits = {split: _totals(view, split, draft.places) for split in SPLITS}
     documents = sum(split["documents"] for split in splits.values())
     return manifest | {
         "rows": documents + sum(draft.rejected.values()),
@@ -139,15 +146,15 @@ def _manifest(growing: Path, number: int, draft: Draft) -> dict[str, Any]:
         ],
         "segments": None if plain else write(SEGMENTS, _parquet(_segment_table(segments))),
         "splits": splits,
-        "fingerprint": content_fingerprint(view),
+        "fingerprint": content_fingerprint(view, digests),
     }
 
 
-def _totals(view: Store, split: str, plain: bool) -> dict[str, Any]:
-    if plain:
+def _totals(view: Store, split: str, places: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+    if places is None:
         text_bytes = sum(chunk.text_bytes for chunk in view.chunks[split])
     else:
-        text_bytes = sum(pc.sum(table["text_bytes"]).as_py() for table in view.tables(split, ["text_bytes"]))
+        text_bytes = int(places[split]["text_bytes"].sum())
     return {
         "documents": view.num_documents(split),
         "tokens": view.num_tokens(split),
@@ -157,9 +164,11 @@ def _totals(view: Store, split: str, plain: bool) -> dict[str, Any]:
 
 
 def _segment_table(segments: Mapping[str, np.ndarray]) -> pa.Table:
-    columns: dict[str, Any] = {"split": [split for split in SPLITS for _ in range(len(segments[split]))]}
+    own = np.repeat(np.arange(len(SPLITS)), [len(segments[split]) for split in SPLITS])
+    columns = {"split": strings(SPLITS).take(whole_numbers(own, pa.int64()))}
     for name in SEGMENT_TYPE.names or ():
-        columns[name] = np.concatenate([segments[split][name] for split in SPLITS])
+        values = np.concatenate([segments[split][name] for split in SPLITS])
+        columns[name] = whole_numbers(values, pa.from_numpy_dtype(values.dtype))
     return pa.table(columns)
 
 
@@ -227,15 +236,39 @@ def files_of(store: Store) -> pa.Table:
 
 def places_of(store: Store, split: str) -> np.ndarray:
     """Where each document of a split lies, in order: PLACE_TYPE[documents]."""
-    found = [np.empty(0, dtype=PLACE_TYPE)]
-    for chunk, first, documents, start, _ in store.segments[split].tolist():
-        ends = store.index(split, chunk)["end"].to_numpy()[first : first + documents].astype(np.int64)
-        places = np.empty(documents, dtype=PLACE_TYPE)
-        places["chunk"], places["document"] = chunk, np.arange(first, first + documents)
-        places["first_token"] = np.concatenate(([start], ends[:-1]))
-        places["tokens"] = ends - places["first_token"]
-        found.append(places)
-    return np.concatenate(found)
+    return documents_of(store, split)[0]
+
+
+def documents_of(store: Store, split: str) -> tuple[np.ndarray, pa.Array]:
+    """Where each document of a split lies, in order, and the source file it is of: PLACE_TYPE[documents] and strings.
+
+    Each index is read once, and only the columns that are needed. Nothing of it is kept.
+    """
+    segments = store.segments[split]
+    read = np.unique(segments["chunk"])
+    tables = [store.read_index(split, chunk, ("source", "end", "text_bytes", "digest")) for chunk in read.tolist()]
+    if not tables:
+        return np.empty(0, dtype=PLACE_TYPE), pa.nulls(0, pa.string())
+    table = pa.concat_tables(tables)
+    starts = np.concatenate(([0], np.cumsum([len(one) for one in tables])))[:-1]
+    places, row = np.empty(int(segments["documents"].sum()), dtype=PLACE_TYPE), _expanded(segments)
+    places["chunk"] = np.repeat(segments["chunk"], segments["documents"])
+    places["document"] = row
+    row += np.repeat(starts[np.searchsorted(read, segments["chunk"])], segments["documents"])
+    end = numbers(table, "end").astype(np.int64)
+    begin = np.concatenate(([0], end[:-1]))
+    begin[starts] = 0
+    places["first_token"], places["tokens"] = begin[row], (end - begin)[row]
+    for name in ("text_bytes", "digest"):
+        places[name] = numbers(table, name)[row]
+    return places, arrays.whole(table["source"]).take(whole_numbers(row, pa.int64()))
+
+
+def _expanded(segments: np.ndarray) -> np.ndarray:
+    """The number within its chunk of each document of the segments: int64[documents]."""
+    ends = np.cumsum(segments["documents"])
+    steps = np.arange(int(segments["documents"].sum()))
+    return steps + np.repeat(segments["first_document"] - (ends - segments["documents"]), segments["documents"])
 
 
 def segments_of(places: np.ndarray) -> np.ndarray:
@@ -275,13 +308,12 @@ def drop_documents(
         raise DataError(
             f"version {store.version} of {str(store.path)!r} is not its newest, {newest.version}; start from that one"
         )
-    chunks, segments = {}, {}
+    chunks, places = {}, {}
     for split in SPLITS:
-        places = places_of(store, split)
-        kept = np.ones(len(places), dtype=bool)
+        found = places_of(store, split)
+        kept = np.ones(len(found), dtype=bool)
         kept[np.fromiter(dropped.get(split, ()), dtype=np.int64)] = False
-        chunks[split], places = used_chunks(store.chunks[split], places[kept])
-        segments[split] = segments_of(places)
+        chunks[split], places[split] = used_chunks(store.chunks[split], found[kept])
     manifest = store.manifest
     draft = Draft(
         tokenizer=store.tokenizer,
@@ -292,7 +324,7 @@ def drop_documents(
         files=files_of(store),
         rejected=manifest["rejected"],
         quarantine=store.read_quarantine(),
-        segments=segments,
+        places=places,
         parent=store.checksum,
         code=code or {"blues": __version__},
         attachments=attachments or {},

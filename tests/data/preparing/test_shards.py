@@ -53,7 +53,7 @@ def stored(directory: Path, results: list[TaskResult]) -> list[tuple[str, st.Sto
 
 
 def test_every_row_becomes_a_document_of_its_split_or_a_rejected_line(plan, tmp_path):
-    records = [record for part in plan.parts for record in read_part(plan.root, part)]
+    records = [record for part in plan.parts() for record in read_part(plan.root, part)]
     documents = [record for record in records if isinstance(record, Document)]
     rejected = [record for record in records if isinstance(record, Rejected)]
     results = work(plan, tmp_path / "out")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -95,10 +96,10 @@ def test_a_commit_reads_like_a_folder(repository, monkeypatch, part_bytes, held_
     options = {"metadata_columns": ("n",), "id_column": "id"}
     folder, at_commit = sources.plan(repository, **options), sources.plan(repository, commit="main", **options)
     assert read_all(at_commit) == read_all(folder)
-    assert [(file.file, file.bytes) for file in at_commit.files] == [(file.file, file.bytes) for file in folder.files]
+    assert at_commit.files.select(["file", "bytes"]) == folder.files.select(["file", "bytes"])
     assert at_commit.ignored == folder.ignored == {".png": 1, "hidden file": 1, "link or special file": 2}
     assert [len(task) for task in at_commit.tasks()] == [len(task) for task in folder.tasks()]
-    names = {file.file for file in at_commit.files}
+    names = set(at_commit.files["file"].to_pylist())
     assert {"pkg/deep er/new\nline, \t tab.py", "pkg/ünïcode '\"$(x).py", "caf\\xe9.py"} <= names
 
 
@@ -137,7 +138,7 @@ def test_a_folder_of_a_repository_is_read_alone(repository):
     plan = sources.plan(repository / "pkg", commit="main")
     assert sorted(texts(plan)) == ["b.go", "deep er/new\nline, \t tab.py", "ünïcode '\"$(x).py"]
     one = sources.plan(repository / "t.csv", commit="main", id_column="id")
-    assert [file.file for file in one.files] == ["t.csv"] and len(texts(one)) == 300
+    assert one.files["file"].to_pylist() == ["t.csv"] and len(texts(one)) == 300
 
 
 def test_equal_contents_have_equal_tokens_and_only_changes_differ(repository):
@@ -146,11 +147,14 @@ def test_equal_contents_have_equal_tokens_and_only_changes_differ(repository):
     (repository / "pkg" / "b.go").rename(repository / "pkg" / "moved.go")
     commit(repository)
     after = sources.plan(repository, commit="HEAD")
-    old, new = ({file.file: file.content for file in plan.files} for plan in (before, after))
+    old, new = (
+        dict(zip(plan.files["file"].to_pylist(), plan.files["content"].to_pylist(), strict=True))
+        for plan in (before, after)
+    )
     assert {file for file in old if new.get(file) != old[file]} == {"a.py", "pkg/b.go"}
     assert new["pkg/moved.go"] == old["pkg/b.go"]
     assert new["a.py"] == "git:" + run_git(repository, "hash-object", "a.py")
-    assert [part.file for part in after.only(["a.py"]).parts] == ["a.py"]
+    assert [part.file for part in after.parts(np.arange(len(new)) == 0)] == ["a.py"]
 
 
 def test_submodules_and_pointers_are_counted(repository, tmp_path):
@@ -277,9 +281,9 @@ def test_a_damaged_repository_is_a_sentence(repository):
     loose.write_bytes(content)
     with pytest.raises(DataError, match="cannot read .*:a.py'"):
         read_all(plan)
-    [other] = plan.only(["pkg/b.go"]).parts
+    [other] = plan.parts(np.array([file == "pkg/b.go" for file in plan.files["file"].to_pylist()]))
     with pytest.raises(DataError):
-        list(read_part(plan.root, plan.only(["a.py"]).parts[0]))
+        list(read_part(plan.root, plan.parts()[0]))
     assert [record.text for record in read_part(plan.root, other)] == ["package b\n"], (
         "the next file is read all the same"
     )
@@ -290,7 +294,7 @@ def test_a_damaged_repository_is_a_sentence(repository):
 
 def test_the_reading_process_ends_with_its_place(repository):
     place = sources.plan(repository, commit="HEAD").root
-    [entry] = place.entries(lambda name: None if name == "a.py" else "other", Counter())
+    [entry] = place.entries(lambda name: None if name == "a.py" else "other", Counter()).entries()
     with place.open(entry) as stream:
         assert stream.read() == b"a = 1\n"
     process = place._contents._process

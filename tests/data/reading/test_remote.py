@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -86,7 +87,7 @@ def test_a_web_server_reads_like_a_folder(web: Web, tmp_path, monkeypatch, part_
     monkeypatch.setattr(remote, "CUT_ABOVE", part_bytes)
     local = sources.plan(write(tmp_path / "data", CORPUS), **OPTIONS)
     found = sources.plan(f"{web.url}/data/", **OPTIONS)
-    assert [(file.file, file.bytes) for file in found.files] == [(file.file, file.bytes) for file in local.files]
+    assert found.files.select(["file", "bytes"]) == local.files.select(["file", "bytes"])
     assert found.ignored == local.ignored and found.name == local.name == "data"
     assert read_all(found) == read_all(local)
     assert found.source["kind"] == "remote" and found.source["url"] == f"{web.url}/data/"
@@ -97,7 +98,7 @@ def test_one_file_reads_like_its_copy_here(web: Web, tmp_path, name):
     local = sources.plan(write(tmp_path, CORPUS) / name, **OPTIONS)
     found = sources.plan(f"{web.url}/data/{name}?signature=s3cret", **OPTIONS)
     assert read_all(found) == read_all(local)
-    assert found.name == name and [file.file for file in found.files] == [name]
+    assert found.name == name and found.files["file"].to_pylist() == [name]
     assert "s3cret" not in json.dumps(found.source) and "s3cret" not in repr(found)
 
 
@@ -163,7 +164,7 @@ def test_a_source_is_not_read_to_be_hashed(monkeypatch):
         plan = sources.plan(f"{web.url}/a.jsonl")
         assert web.sent("/a.jsonl") <= 2 * remote.BLOCK_BYTES, "only its beginning and end"
         assert len(plan.tasks()) > 3 and web.sent("/a.jsonl") < 1.5 * len(content), "read once to be cut"
-        assert sources.plan(f"{web.url}/b.py").files[0].content.startswith("remote:")
+        assert sources.plan(f"{web.url}/b.py").files["content"][0].as_py().startswith("remote:")
         assert web.sent("/b.py") <= 2
 
 
@@ -173,9 +174,9 @@ def test_tokens_of_content_change_with_the_content():
         assert sources.plan(f"{web.url}/d/").files == first.files
         web.files["/d/a.py"] = b"a = 2\n"
         second = sources.plan(f"{web.url}/d/")
-        assert [a.content == b.content for a, b in zip(first.files, second.files, strict=True)] == [False, True]
+        assert pc.equal(first.files["content"], second.files["content"]).to_pylist() == [False, True]
     with serve({"/d/a.py": b"a = 1\n", "/d/b.py": b"a = 1\n"}, etags=False) as web:
-        one, two = (file.content for file in sources.plan(f"{web.url}/d/").files)
+        one, two = sources.plan(f"{web.url}/d/").files["content"].to_pylist()
         assert one == two and one.startswith("xxh3:"), "hashed where the server does not say"
 
 

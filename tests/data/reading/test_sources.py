@@ -241,7 +241,7 @@ def test_plans_do_not_depend_on_place_or_time_but_on_content(tmp_path: Path) -> 
         os.utime(tmp_path / folder / "src" / "a.py", (len(plans), len(plans)))
         plans.append(sources.plan(tmp_path / folder / "src"))
     assert plans[0].source == plans[1].source and plans[1].files != plans[2].files
-    assert [part.file for part in plans[0].parts] == ["a.py"]
+    assert [part.file for part in plans[0].parts()] == ["a.py"]
 
 
 def test_a_file_that_changes_while_it_is_prepared_is_refused(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_tasks_group_small_files_and_keep_their_order(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sources, "PART_BYTES", 350)
     plan = sources.plan(tmp_path)
     tasks = plan.tasks()
-    assert [part for task in tasks for part in task] == list(plan.parts)
+    assert [part for task in tasks for part in task] == plan.parts()
     assert {len(task) for task in tasks} == {3, 2}
 
 

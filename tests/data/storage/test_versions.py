@@ -109,7 +109,8 @@ def test_any_documents_can_go_in_any_number_of_steps(tmp_path_factory, data):
 
 
 def test_segments_join_neighbours_and_keep_any_order():
-    places = np.array([(0, 4, 40, 5), (0, 5, 45, 1), (2, 0, 0, 3), (0, 6, 46, 2), (0, 5, 45, 1)], dtype=PLACE_TYPE)
+    rows = [(0, 4, 40, 5), (0, 5, 45, 1), (2, 0, 0, 3), (0, 6, 46, 2), (0, 5, 45, 1)]
+    places = np.array([(*row, 9, 9) for row in rows], dtype=PLACE_TYPE)
     found = segments_of(places).tolist()
     assert found == [(0, 4, 2, 40, 6), (2, 0, 1, 0, 3), (0, 6, 1, 46, 2), (0, 5, 1, 45, 1)]
     assert len(segments_of(places[:0])) == 0
