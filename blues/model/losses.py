@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from blues.kernels.moe_experts import count_per_expert
+from blues.model.attention.span import LearnedSpan
 from blues.model.moe.layer import Scope
 from blues.model.moe.routing import Routing
 
@@ -42,6 +43,8 @@ class Losses(NamedTuple):
     """1 when balanced, up to E/K when K experts do everything; mean over mixture layers, 0 without any."""
     router_z: Tensor
     """Mean over tokens and mixture layers of logsumexp(logits) squared; 0 without any."""
+    attention_span: Tensor
+    """Tokens that heads with a learned span attend to, in the mean; 0 without such heads."""
 
 
 class UpdateLoad:
@@ -113,7 +116,7 @@ def combine_losses(
     """
     if not routings:
         zero = torch.zeros_like(cross_entropy)
-        return Losses(cross_entropy, cross_entropy.detach(), zero, zero)
+        return Losses(cross_entropy, cross_entropy.detach(), zero, zero, zero)
     if scope == "sequence":
         balances = [sequence_balancing_loss(routing, rows) for routing in routings]
     elif scope == "global_batch" and load is not None:
@@ -127,4 +130,13 @@ def combine_losses(
     penalties = [routing.penalty for routing in routings if routing.penalty is not None]
     if penalties:
         total = total + torch.stack(penalties).sum() / len(routings)
-    return Losses(total, cross_entropy.detach(), balance.detach(), z.detach())
+    return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), torch.zeros_like(z))
+
+
+def add_span_penalty(losses: Losses, spans: Sequence[LearnedSpan]) -> Losses:
+    """The losses with the layers' mean penalty on learned spans in the total (arXiv 1905.07799, eq. 4)."""
+    if not spans:
+        return losses
+    penalty = torch.stack([span.penalty() for span in spans]).mean()
+    mean_span = torch.stack([span.spans().mean() for span in spans]).mean()
+    return losses._replace(total=losses.total + penalty, attention_span=mean_span.detach())

@@ -35,7 +35,7 @@ from blues.model.attention.patterns import AttentionPattern, TokenTree
 from blues.model.block import Block
 from blues.model.context import Context, KeepsHistory, Past
 from blues.model.layers import Linear, RMSNorm
-from blues.model.losses import Losses, UpdateLoad, combine_losses
+from blues.model.losses import Losses, UpdateLoad, add_span_penalty, combine_losses
 from blues.model.moe.layer import MoE, mixtures
 from blues.model.moe.routing import Routing
 from blues.model.rope import RotaryEmbedding
@@ -182,7 +182,7 @@ class Transformer(nn.Module, cfg.Configurable):
     ) -> Losses:
         moe, layers = self.config.moe, mixtures(self)
         by_loss = moe is not None and bool(layers) and layers[0][1].router.balanced_by == "loss"
-        return combine_losses(
+        losses = combine_losses(
             cross_entropy,
             routing,
             load_balancing_weight=moe.load_balancing_weight if moe and by_loss else 0.0,
@@ -191,6 +191,7 @@ class Transformer(nn.Module, cfg.Configurable):
             rows=rows,
             load=load,
         )
+        return add_span_penalty(losses, [layer.span for layer in self.attentions if layer.span is not None])
 
     def hidden(
         self,

@@ -7,7 +7,7 @@ An update is a pure function of the checkpoint before it: the samples follow fro
 noise from (seed, step, micro step, worker). A run that was killed and resumed ends with the same weights, bit for bit.
 
 Metrics: train/{loss, cross_entropy, load_balancing, router_z, gradient_norm, learning_rate, tokens}, throughput/
-{step_seconds, tokens_per_second, checkpoint_seconds}, experts/..., validation/{loss, perplexity, loss/<source>}.
+{step_seconds, tokens_per_second, checkpoint_seconds}, experts/..., attention/..., validation/{loss, perplexity, loss/<source>}.
 Cross-entropies are means over the targets of a global batch, without padding; tokens are all inputs, padding included.
 """
 
@@ -183,7 +183,9 @@ class _Loop:
             most = max(moe.experts.num_experts for _, moe in layers)
             self.experts = ExpertStatistics([layer for layer, _ in layers], most, ranks.device)
         self.adaptation, self.load = RouterAdaptation(self.model), UpdateLoad()
-        self.losses = torch.zeros(len(LOSSES), dtype=torch.float64, device=ranks.device)
+        learned_spans = any(layer.span is not None for layer in self.model.attentions)
+        self.loss_names = (*LOSSES, "attention_span") if learned_spans else LOSSES
+        self.losses = torch.zeros(len(self.loss_names), dtype=torch.float64, device=ranks.device)
         self._restart_clock()
 
     def run(self) -> Outcome:
@@ -242,7 +244,7 @@ class _Loop:
             )
             self.adaptation.add(output.routing)
             if log:
-                self.losses += torch.stack([getattr(output.losses, name) for name in LOSSES]).detach()
+                self.losses += torch.stack([getattr(output.losses, name) for name in self.loss_names]).detach()
                 if self.experts is not None:
                     self.experts.update(output.routing)
             return output.losses.total
@@ -275,17 +277,18 @@ class _Loop:
         values = [self.losses] if self.experts is None else [self.losses, self.experts.counts.flatten()]
         together = torch.cat([value.double() for value in values])
         dist.all_reduce(together)
-        losses = (together[: len(LOSSES)] / (self.config.accumulation * self.ranks.world_size)).tolist()
-        metrics = {f"train/{NAMES.get(name, name)}": loss for name, loss in zip(LOSSES, losses, strict=True)}
+        losses = (together[: len(self.losses)] / (self.config.accumulation * self.ranks.world_size)).tolist()
+        metrics = {f"train/{NAMES.get(name, name)}": loss for name, loss in zip(self.loss_names, losses, strict=True)}
         metrics["train/gradient_norm"] = gradient_norm
         metrics["train/learning_rate"] = learning_rate
         metrics["train/tokens"] = float(self.step * self.tokens_per_step)
         seconds = (time.perf_counter() - self._clock) / (self.step - self._clock_step)
         metrics["throughput/step_seconds"] = seconds
         metrics["throughput/tokens_per_second"] = self.tokens_per_step / seconds
+        metrics |= self.model.block_masks.metrics()
         load = None
         if self.experts is not None:
-            self.experts.counts.copy_(together[len(LOSSES) :].view_as(self.experts.counts))
+            self.experts.counts.copy_(together[len(self.losses) :].view_as(self.experts.counts))
             summary = self.experts.read()
             metrics |= summary.metrics()
             load = summary.load_LE

@@ -7,6 +7,7 @@ Legend: B batch (or 1), H heads (or 1), T queries, S keys.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from blues.model.attention.patterns import AttentionPattern, Pairs, TokenTree
+
+logger = logging.getLogger("blues")
 
 
 class BlockMaskCounts(NamedTuple):
@@ -54,6 +57,13 @@ class BlockMasks:
         self._misses += 1
         mask = pattern.block_mask(length, device, num_heads)
         self._masks[key] = (mask, size := block_mask_bytes(mask))
+        logger.info(
+            "attention: block mask of %s at length %d shows %.1f%% of the blocks and takes %d bytes",
+            pattern.config._variant,
+            length,
+            100 - mask.sparsity(),
+            size,
+        )
         self._held += size
         while len(self._masks) > self._entries or self._held > self._bytes:
             self._held -= self._masks.popitem(last=False)[1][1]
@@ -63,6 +73,15 @@ class BlockMasks:
     def counts(self) -> BlockMaskCounts:
         """Since the cache was made."""
         return BlockMaskCounts(self._hits, self._misses, self._evictions, len(self._masks), self._held)
+
+    def metrics(self) -> dict[str, float]:
+        """`attention/block_mask_hits` and `..._misses` so far; empty where no block mask was asked for."""
+        if not self._hits + self._misses:
+            return {}
+        return {
+            "attention/block_mask_hits": float(self._hits),
+            "attention/block_mask_misses": float(self._misses),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model start empty: a block mask holds a function, which cannot be pickled."""
