@@ -1,13 +1,16 @@
 """Measure how fast Blues is, beside its peers in the same run and on the same data.
 
-AREA is data: preparing, loading and verifying datasets, beside tiktoken, fastokens, Hugging Face datasets,
-mosaicml-streaming and litdata. Every run is a fresh process; figures are means over rounds with their spread, and are
-recorded with commit, machine, versions, seed and load as JSON, a table and a chart. A peer that is not installed is
-named with what to install, and skipped. Ctrl-C keeps what was measured.
+AREA is data: preparing, loading, verifying, deduplicating and updating datasets, beside tiktoken, fastokens, Hugging
+Face datasets, mosaicml-streaming, litdata and datasketch. What is prepared is Python source: the packages installed
+beside Blues, or any number of folders (--corpus), every file once. Every run is a fresh process; figures are means over
+rounds with their spread and the size of the data, and are recorded with commit, machine, versions, seed and load as
+JSON, a table and a chart. A goal that the mean reaches is met; where a repeat misses it, that is said. A peer that is
+not installed is named with what to install, and skipped. Ctrl-C keeps what was measured.
 
 examples:
   blues benchmark data
   blues benchmark data --only loader,verify --store-gb 1
+  blues benchmark data --only prepare,incremental --corpus work/project .venv/lib --keep
   python -m venv peers && peers/bin/pip install mosaicml-streaming litdata datasets tiktoken
   blues benchmark data --peer-python peers/bin/python
 """
@@ -29,11 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn at random")
     parser.add_argument("--work", default="benchmark", metavar="DIR", help="folder for data (4 x the store) and logs")
-    parser.add_argument("--keep", action="store_true", help="leave the data there, and use what an earlier run left")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the data there; a later run uses what it would make just so"
+    )
     parser.add_argument("--output", default="benchmark.json", metavar="FILE", help="the record, with a chart beside")
     parser.add_argument("--peer-python", metavar="PATH", help="interpreter that has the peers (default: this one)")
     data = parser.add_argument_group("data")
-    data.add_argument("--corpus", action="append", metavar="DIR", help="folder of Python source (default: installed)")
+    data.add_argument(
+        "--corpus",
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="folders of Python source, all of them together (default: the packages installed beside Blues)",
+    )
     data.add_argument("--corpus-mb", type=float, metavar="X", help="megabytes of it, drawn at random (default: all)")
     data.add_argument("--store-gb", type=float, default=10.0, metavar="X", help="size of the dataset that is read")
     data.add_argument("--windows", type=int, default=100_000, metavar="N", help="windows of a run of a loader")

@@ -22,7 +22,7 @@ def words(tmp_path) -> list[str]:
 def test_a_group_is_measured_recorded_and_drawn_and_its_data_removed(words, tmp_path, capsys):
     assert main([*words, "--only", "verify"]) == 0
     out, err = capsys.readouterr()
-    assert "verify: 0.0 GB of tokens" in out and "= Store.check: " in out and "wrote" in out
+    assert "verify: 0.010 GB of tokens" in out and "= Store.check, 0.010 GB: " in out and "wrote" in out
     assert "Store.check, 1 of 1: GB/s a core" in err
     tree = json.loads((tmp_path / "r.json").read_text())
     assert [m["name"] for m in tree["measurements"]] == ["Store.check", "blues verify", "xxh3 alone", "sha256 alone"]

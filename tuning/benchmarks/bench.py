@@ -62,7 +62,8 @@ class Call:
 class Probe:
     """A measurement that is to be made. See `Measurement`.
 
-    before: called ahead of every run, not measured. judge: makes the figures of what the call returns.
+    of: how much data, in words. before: called ahead of every run, not measured. judge: makes the figures of what the
+    call returns.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Probe:
     metrics: tuple[str, ...]
     note: str = ""
     before: Callable[[], object] = lambda: None
+    of: str = ""
     judge: Callable[[dict[str, Any]], dict[str, Any]] = lambda answer: answer
 
 
@@ -99,7 +101,7 @@ class Bench:
         """Run all probes of a group, `repeat` rounds of them. Returns the measurements by name."""
         made = {}
         for probe in probes:
-            measurement = Measurement(group, probe.name, probe.side, probe.note, probe.metrics)
+            measurement = Measurement(group, probe.name, probe.side, probe.note, probe.metrics, probe.of)
             self.record.measurements.append(measurement)
             made[probe.name] = measurement
             self._find_versions(probe, measurement)
@@ -126,10 +128,11 @@ class Bench:
             self.say(f"  {probe.name}, {turn} of {self.repeat}: {', '.join(shown)}")
         self.record.save()
 
-    def figure(self, group: str, name: str, spread: Spread | None, unit: str, **goal: float) -> None:
-        """Record a headline of a group, if there is a value for it. goal: at_least or at_most."""
+    def figure(self, group: str, name: str, spread: Spread | None, unit: str, *, of: str = "", **goal: float) -> None:
+        """Record a headline of a group, if there is a value for it. of: how much data, in words. goal: at_least or
+        at_most."""
         if spread is not None:
-            self.record.figures.append(Figure(group, name, spread, unit, **goal))
+            self.record.figures.append(Figure(group, name, spread, unit, of, **goal))
             self.record.save()
 
     def lose(self, group: str, problem: str) -> None:

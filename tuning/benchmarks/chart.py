@@ -54,7 +54,7 @@ def _panel(axes: Axes, name: str, measurements: list[Measurement]) -> None:
         axes.barh(place, spread.mean, xerr=error, color=COLORS[measurement.side], ecolor=MUTED, height=0.68)
         end = (spread.mean + (error or 0.0), place)
         axes.annotate(number(spread.mean), end, (5, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
-    axes.set_yticks(range(len(measurements)), [m.name for m in reversed(measurements)], fontsize=8, color=INK)
+    axes.set_yticks(range(len(measurements)), [m.title for m in reversed(measurements)], fontsize=8, color=INK)
     axes.set_ylim(-0.6, len(measurements) - 0.4)
     axes.set_title(f"{name}: {unit}", fontsize=11, color=INK, fontweight="bold", loc="left")
     axes.tick_params(colors=MUTED, labelsize=8, length=0)

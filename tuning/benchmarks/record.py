@@ -23,14 +23,15 @@ import blues
 from blues.config import write_atomic
 from blues.table import align
 from blues.tracking.provenance import git_commit
+from tuning.benchmarks.worker import COUNTER
 
-FORMAT, FORMAT_VERSION = "blues-benchmark", 1
+FORMAT, FORMAT_VERSION = "blues-benchmark", 2
 Side = Literal["blues", "peer", "reference"]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (0 for a single value) of repeated runs."""
+    """Mean, sample standard deviation (0 for a single value) and range of repeated runs."""
 
     values: tuple[float, ...]
 
@@ -42,8 +43,15 @@ class Spread:
     def deviation(self) -> float:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
+    @property
+    def range(self) -> str:
+        """` (800 to 824)`; nothing where all runs came to the same."""
+        least, most = min(self.values), max(self.values)
+        return f" ({number(least)} to {number(most)})" if most > least else ""
+
     def tree(self) -> dict[str, Any]:
-        return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
+        found = {"mean": self.mean, "deviation": self.deviation, "min": min(self.values), "max": max(self.values)}
+        return {**found, "values": list(self.values)}
 
     def __str__(self) -> str:
         """`812 +- 12`; without a spread where there was one run."""
@@ -56,8 +64,8 @@ class Measurement:
     """One thing that was measured, run after run.
 
     side: ours, another project's, or a bound that neither can beat. note: what it does, and where that differs from the
-    others. metrics: the columns of the table, the first one is drawn. problem: why there are no (more) runs; skipped:
-    whether that is because it is not installed.
+    others. metrics: the columns of the table, the first one is drawn. of: how much data it worked on, in words.
+    problem: why there are no (more) runs; skipped: whether that is because it is not installed.
     """
 
     group: str
@@ -65,10 +73,16 @@ class Measurement:
     side: Side
     note: str
     metrics: tuple[str, ...]
+    of: str = ""
     runs: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     skipped: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name with how much data."""
+        return f"{self.name}, {self.of}" if self.of else self.name
 
     def spread(self, metric: str) -> Spread | None:
         """Of a metric over the runs; None if no run has it."""
@@ -83,21 +97,34 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Figure:
-    """A headline: what was asked of this group, and what came out. at_least, at_most: the goal, if there is one."""
+    """A headline: what was asked of this group, and what came out. of: of how much data, in words. at_least, at_most:
+    the goal, if there is one."""
 
     group: str
     name: str
     spread: Spread
     unit: str
+    of: str = ""
     at_least: float | None = None
     at_most: float | None = None
 
     @property
     def met(self) -> bool | None:
         """Whether the mean reaches the goal; None without a goal."""
-        if self.at_least is not None:
-            return self.spread.mean >= self.at_least
-        return None if self.at_most is None else self.spread.mean <= self.at_most
+        return self._reaches(self.spread.mean)
+
+    @property
+    def met_in(self) -> int | None:
+        """How many of the repeats reach it; None without a goal."""
+        return None if self.met is None else sum(bool(self._reaches(value)) for value in self.spread.values)
+
+    @property
+    def verdict(self) -> str:
+        """`met`, `met, but not in every repeat`, or `NOT met`; nothing without a goal."""
+        if not self.met:
+            return "" if self.met is None else "NOT met"
+        repeats = len(self.spread.values)
+        return "met" if self.met_in == repeats else f"met, but not in every repeat ({self.met_in} of {repeats})"
 
     @property
     def goal(self) -> str:
@@ -106,7 +133,19 @@ class Figure:
         return "" if self.at_most is None else f"<= {number(self.at_most)}"
 
     def tree(self) -> dict[str, Any]:
-        return {**asdict(self), "spread": self.spread.tree(), "met": self.met}
+        judged = {"met": self.met, "met_in": self.met_in, "verdict": self.verdict}
+        return {**asdict(self), "spread": self.spread.tree(), **judged}
+
+    def __str__(self) -> str:
+        """`name, of how much: 62.0 ± 1.2 MB/s (61.0 to 63.3), goal >= 60.0: met`."""
+        name = f"{self.name}, {self.of}" if self.of else self.name
+        verdict = f", goal {self.goal}: {self.verdict}" if self.verdict else ""
+        return f"{name}: {self.spread} {self.unit}".rstrip() + self.spread.range + verdict
+
+    def _reaches(self, value: float) -> bool | None:
+        if self.at_least is not None:
+            return value >= self.at_least
+        return None if self.at_most is None else value <= self.at_most
 
 
 @dataclass
@@ -160,11 +199,8 @@ class Record:
                 rows.append([_label(measurement), *("" if spread is None else str(spread) for spread in spreads)])
         lines += [f"  {line}" for line in align(rows)] if len(rows) > 1 else []
         lines += [f"  {_label(measurement)}: {_why(measurement)}" for measurement in own if measurement.problem]
-        lines += self._load(own)
-        for figure in (figure for figure in self.figures if figure.group == name):
-            verdict = "" if figure.met is None else f", goal {figure.goal}: {'met' if figure.met else 'NOT met'}"
-            lines.append(f"  = {figure.name}: {figure.spread} {figure.unit}{verdict}")
-        return lines
+        lines += self._load(own) + self._uncounted(own)
+        return lines + [f"  = {figure}" for figure in self.figures if figure.group == name]
 
     def _load(self, own: Sequence[Measurement]) -> list[str]:
         """How busy the machine was with other work when the runs began, if it was."""
@@ -175,9 +211,15 @@ class Record:
         busy = f"load {min(loads):.1f} to {max(loads):.1f} on {cores} cores"
         return [f"  the machine was busy with other work, {busy}; trust rates a core"]
 
+    def _uncounted(self, own: Sequence[Measurement]) -> list[str]:
+        """Where processor time could not be counted as it should be, see `ProcessorTime`."""
+        ways = {run.get("processor_time", COUNTER) for measurement in own for run in measurement.runs} - {COUNTER}
+        remedy = "sysctl kernel.perf_event_paranoid=2, or run as root"
+        return [f"  processor time by {way}, without that of Ray's processes; {remedy}" for way in sorted(ways)]
+
 
 def _label(measurement: Measurement) -> str:
-    return f"{measurement.side:<9}  {measurement.name}"
+    return f"{measurement.side:<9}  {measurement.title}"
 
 
 def _why(measurement: Measurement) -> str:

@@ -18,7 +18,7 @@ def record(tmp_path) -> Record:
     made = Record(tmp_path / "r.json", {"seed": 3}, groups={"loader": {"title": "windows"}})
     runs = [{"MB/s": 800.0, "open ms": 2.0, "load": (0.1, 0.1, 0.1)} for _ in range(2)]
     made.measurements += [
-        Measurement("loader", "ours", "blues", "", ("MB/s", "open ms"), runs=runs),
+        Measurement("loader", "ours", "blues", "", ("MB/s", "open ms"), of="10.0 GB", runs=runs),
         Measurement("loader", "theirs", "peer", "", ("MB/s", "s"), runs=[{"MB/s": 90.0, "load": (0.1, 0.1, 0.1)}]),
         Measurement("loader", "absent", "peer", "", ("MB/s",), problem="x not installed; pip install x", skipped=True),
         Measurement("loader", "broken", "peer", "", ("MB/s",), problem="it fell over"),
@@ -48,17 +48,45 @@ def test_numbers_have_three_digits(value, text):
     assert number(value) == text
 
 
-def test_goals_are_met_by_the_mean():
-    assert Figure("g", "n", Spread((4.0, 6.0)), "s", at_least=5.0).met
-    assert not Figure("g", "n", Spread((4.0, 6.0)), "s", at_most=4.9).met
-    assert Figure("g", "n", Spread((4.0,)), "s").met is None
+@pytest.mark.parametrize(
+    ("values", "goal", "met", "verdict"),
+    [
+        ((5.0, 6.0), {"at_least": 5.0}, True, "met"),
+        ((4.0, 6.0), {"at_least": 5.0}, True, "met, but not in every repeat (1 of 2)"),
+        ((2.0, 3.0, 7.0), {"at_most": 4.0}, True, "met, but not in every repeat (2 of 3)"),
+        ((4.0, 6.0), {"at_most": 4.9}, False, "NOT met"),  # though one repeat reaches it
+        ((4.0,), {"at_least": 4.0}, True, "met"),
+        ((4.0,), {}, None, ""),
+    ],
+)
+def test_goals_are_met_by_the_mean_and_repeats_that_miss_them_are_told(values, goal, met, verdict):
+    figure = Figure("g", "n", Spread(values), "s", **goal)
+    assert figure.met is met and figure.verdict == verdict
+    assert (verdict in str(figure)) and figure.tree()["verdict"] == verdict
+
+
+def test_a_figure_says_of_how_much_data_it_is_and_how_far_its_repeats_lie_apart():
+    shown = str(Figure("g", "speed", Spread((61.0, 63.0)), "MB/s", "1,145 MB", at_least=62.0))
+    assert shown == (
+        "speed, 1,145 MB: 62.0 ± 1.41 MB/s (61.0 to 63.0), goal >= 62.0: met, but not in every repeat (1 of 2)"
+    )
+    assert str(Figure("g", "wrong", Spread((0.0, 0.0)), "", at_most=0.0)) == "wrong: 0.000 ± 0.000, goal <= 0.000: met"
+
+
+def test_processor_time_that_could_not_be_counted_is_told_once(tmp_path):
+    made = record(tmp_path)
+    assert "processor time" not in made.table()
+    for run in made.measurements[0].runs:
+        run["processor_time"] = "getrusage: perf_event_open says 'Permission denied'"
+    [line] = [line for line in made.table().splitlines() if "processor time" in line]
+    assert "Permission denied" in line and "without that of Ray's processes" in line and "sysctl" in line
 
 
 def test_the_table_shows_what_was_measured_skipped_and_lost(tmp_path):
     lines = record(tmp_path).table().splitlines()
     assert lines[0] == "loader: windows"
     assert [line.split() for line in lines[2:4]] == [
-        ["blues", "ours", "800", "±", "0.000", "2.00", "±", "0.000"],
+        ["blues", "ours,", "10.0", "GB", "800", "±", "0.000", "2.00", "±", "0.000"],
         ["peer", "theirs", "90.0"],
     ]
     assert "  peer       absent: skipped: x not installed; pip install x" in lines
@@ -84,7 +112,8 @@ def test_the_file_holds_everything_that_decides_a_figure(tmp_path):
     assert tree["options"] == {"seed": 3} and tree["interrupted"] is False
     assert {"cpu", "cores", "ram_gb"} <= set(tree["device"]) and tree["versions"]["numpy"] and "commit" in tree
     ours, theirs, absent, _ = tree["measurements"]
-    assert ours["summary"]["MB/s"] == {"mean": 800.0, "deviation": 0.0, "values": [800.0, 800.0]}
+    spread = {"mean": 800.0, "deviation": 0.0, "min": 800.0, "max": 800.0, "values": [800.0, 800.0]}
+    assert ours["summary"]["MB/s"] == spread and ours["of"] == "10.0 GB"
     assert theirs["summary"].keys() == {"MB/s"} and absent["skipped"] is True
-    assert [figure["met"] for figure in tree["figures"]] == [True, False]
+    assert [(figure["met"], figure["met_in"]) for figure in tree["figures"]] == [(True, 2), (False, 0)]
     assert [measurement.name for measurement in made.failed] == ["broken"]

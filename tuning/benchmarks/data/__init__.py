@@ -6,13 +6,13 @@ whom; `ours`, `tokenizers`, `duplicates` and `peers` hold what runs in processes
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 from blues.config import nearest
 from blues.errors import BluesError, ConfigError
 from tuning.benchmarks.bench import Bench, installed
 from tuning.benchmarks.data import dedup, incremental, loader, prepare, verify
+from tuning.benchmarks.data.kept import clear
 from tuning.benchmarks.data.setting import Options, Setting
 
 MODULES = (prepare, loader, verify, dedup, incremental)
@@ -22,7 +22,7 @@ GROUPS: dict[str, Callable[[Setting], None]] = {module.GROUP: module.measure for
 def measure(bench: Bench, options: Options, only: str | None = None, *, keep: bool = False) -> None:
     """Measure the groups named in `only`, joined by commas (None: all); one that fails does not stop the others.
 
-    keep: leave the data in the work folder for another run.
+    keep: leave the data in the work folder for another run, which uses what it would make just so (see `kept`).
 
     Raises:
         ConfigError: there is no such group, or the peers' interpreter cannot be run.
@@ -45,4 +45,4 @@ def measure(bench: Bench, options: Options, only: str | None = None, *, keep: bo
     finally:
         bench.record.save()
         if not keep:
-            shutil.rmtree(setting.folder, ignore_errors=True)
+            clear(setting.folder)

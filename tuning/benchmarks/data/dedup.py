@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tuning.benchmarks.bench import Probe
 from tuning.benchmarks.data.duplicates import SETTINGS, SIMILARITY
+from tuning.benchmarks.data.kept import Facts, kept
 from tuning.benchmarks.data.setting import MB, Setting
+from tuning.benchmarks.record import number
 
 GROUP = "dedup"
 METRICS = ("MB/s a core", "recall %", "wrong", "MB/s", "growth MB")
 VERIFIED = "signatures, proposals, exact Jaccard index"
+PROPOSED = "signatures and proposals, not verified"
 COPIES = 0.25
 """Of the drawn documents, so many get a changed copy."""
 
@@ -22,12 +26,11 @@ COPIES = 0.25
 def measure(setting: Setting) -> None:
     """Measure the group."""
     bench, corpus, prepared = setting.bench, setting.corpus, setting.prepared
-    copies, known = str(setting.folder / "copies"), str(setting.folder / "known.npz")
-    wanted = {"documents": setting.options.documents, "copies": COPIES, "seed": setting.options.seed}
-    made = bench.call(setting.ours("duplicates", "write_copies", {"prepared": prepared, "output": copies, **wanted}))
-    brute = bench.call(setting.ours("duplicates", "brute_force", {"folder": copies, "output": known}))
+    copies = str(setting.folder / "copies")
+    known, made, brute = _copies(setting, copies)
+    of_copies = f"{number(made['bytes'] / MB)} MB"
     title = (
-        f"{corpus.bytes / MB:,.0f} MB of Python; {made['documents']:,} documents, {made['bytes'] / MB:.0f} MB, with "
+        f"{corpus.size} of Python; {made['documents']:,} documents, {of_copies}, with "
         f"{brute['pairs']:,} pairs of Jaccard index >= {SIMILARITY}. recall: of these pairs not both stay; wrong: "
         f"documents that go though nothing has an index >= {SETTINGS.threshold} with them"
     )
@@ -40,16 +43,32 @@ def measure(setting: Setting) -> None:
     done = bench.measure(
         GROUP,
         [
-            Probe("blues dedup, whole corpus", "blues", ours(whole), METRICS, VERIFIED, judge=counted),
-            Probe("blues dedup, copies", "blues", ours(few), METRICS, VERIFIED, judge=judge),
-            Probe("datasketch, copies", "peer", peer, METRICS, "signatures and proposals, not verified", judge=judge),
+            Probe("blues dedup, whole corpus", "blues", ours(whole), METRICS, VERIFIED, of=corpus.size, judge=counted),
+            Probe("blues dedup, copies", "blues", ours(few), METRICS, VERIFIED, of=of_copies, judge=judge),
+            Probe("datasketch, copies", "peer", peer, METRICS, PROPOSED, of=of_copies, judge=judge),
         ],
     )
     speed = done["blues dedup, whole corpus"].spread(METRICS[0])
-    bench.figure(GROUP, "near duplicates of the whole corpus", speed, METRICS[0], at_least=30.0)
+    bench.figure(GROUP, "near duplicates of the whole corpus", speed, METRICS[0], of=corpus.size, at_least=30.0)
     found = done["blues dedup, copies"]
-    bench.figure(GROUP, f"recall of pairs with J >= {SIMILARITY}", found.spread("recall %"), "%", at_least=95.0)
-    bench.figure(GROUP, "documents that go wrongly", found.spread("wrong"), "", at_most=0.0)
+    recall, wrong = found.spread("recall %"), found.spread("wrong")
+    bench.figure(GROUP, f"recall of pairs with J >= {SIMILARITY}", recall, "%", of=of_copies, at_least=95.0)
+    bench.figure(GROUP, "documents that go wrongly", wrong, "", of=of_copies, at_most=0.0)
+
+
+def _copies(setting: Setting, copies: str) -> tuple[str, Facts, Facts]:
+    """The file of the pairs that brute force finds; what was made, and what was found."""
+    wanted = {"documents": setting.options.documents, "copies": COPIES, "seed": setting.options.seed}
+    known = str(Path(copies, "known.npz"))
+    write = setting.ours("duplicates", "write_copies", {"prepared": setting.prepared, "output": copies, **wanted})
+    search = setting.ours("duplicates", "brute_force", {"folder": copies, "output": known})
+    request = {**wanted, "corpus": setting.corpus.xxh3, "code": setting.code("duplicates")}
+
+    def make(_: Path) -> Facts:
+        return {"made": setting.bench.call(write), "brute": setting.bench.call(search)}
+
+    facts = kept(Path(copies), request, make, say=setting.bench.say)
+    return known, facts["made"], facts["brute"]
 
 
 def judged(known: str, answer: dict[str, Any]) -> dict[str, Any]:

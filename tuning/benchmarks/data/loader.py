@@ -23,17 +23,16 @@ def measure(setting: Setting) -> None:
     """Measure the group."""
     options, bench = setting.options, setting.bench
     title = (
-        f"{options.windows:,} windows of {options.window_tokens:,} tokens from {setting.store_bytes / 1e9:.1f} GB, "
+        f"{options.windows:,} windows of {options.window_tokens:,} tokens from {setting.store_size}, "
         f"batches of {options.batch}, one process; MB of uint32 tokens"
     )
     bench.begin(GROUP, title, store_bytes=setting.store_bytes, chunks=len(setting.token_files))
     made = bench.measure(GROUP, _probes(setting))
-    best = made["Store.read_windows"]
-    bench.figure(GROUP, "random windows", best.spread("MB/s"), "MB/s", at_least=500.0)
-    bench.figure(GROUP, "open", best.spread("open ms"), "ms", at_most=100.0)
-    bench.figure(GROUP, "growth of memory", best.spread("growth MB"), "MB", at_most=200.0)
-    training = made["Mixture.batch"]
-    bench.figure(GROUP, "what training reads", training.spread("MB/s"), "MB/s", at_least=500.0)
+    best, figure = made["Store.read_windows"], partial(bench.figure, GROUP, of=setting.store_size)
+    figure("random windows", best.spread("MB/s"), "MB/s", at_least=500.0)
+    figure("open", best.spread("open ms"), "ms", at_most=100.0)
+    figure("growth of memory", best.spread("growth MB"), "MB", at_most=200.0)
+    figure("what training reads", made["Mixture.batch"].spread("MB/s"), "MB/s", at_least=500.0)
 
 
 def _probes(setting: Setting) -> list[Probe]:

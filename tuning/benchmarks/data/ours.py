@@ -5,20 +5,16 @@ In: `meter`, the class that measures a `with` block, and paths. Out: figures by 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import psutil
 import torch
 
 from blues.cluster.prepare import prepare as prepare_plan
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
 
 MB, GB = 1e6, 1e9
 HELD_OUT_TOKENS = 100_000
-WATCH_S = 0.2
 MEDIAN_DOCUMENT, DOCUMENT_SIGMA = 1500, 1.2
 """Lengths of made-up documents in tokens: log-normal, about as Python files are."""
 
@@ -46,68 +41,53 @@ def blues(words: Sequence[str]) -> None:
         sys.exit(status)
 
 
-class Descendants:
-    """`cpu_s`: the processor time, within a `with` block, of all processes below this one.
-
-    They are looked at every WATCH_S: Ray's are not waited for by anyone, so the system forgets what they spent.
-    """
-
-    def __enter__(self) -> Descendants:
-        self._spent: dict[psutil.Process, float] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def cpu_s(self) -> float:
-        return sum(self._spent.values())
-
-    def _watch(self) -> None:
-        while not self._over.wait(WATCH_S):
-            for each in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    times = each.cpu_times()
-                    self._spent[each] = times.user + times.system
-
-
-def command(meter: type[Meter], words: list[str]) -> dict:
-    """The whole command, with the start of Python."""
-    with meter() as spent, Descendants() as below:
+def command(meter: type[Meter], words: list[str], dataset: str, version: int = 1) -> dict:
+    """The whole command, with the start of Python, that leaves `dataset` at `version`."""
+    with meter() as spent:
         blues(words)
-    return {"s": spent.seconds, "cpu s": max(below.cpu_s, spent.cpu_s)}
+    found = Store.open(dataset).version
+    if found != version:
+        raise ValueError(f"{dataset} has version {found} where the command should have left {version}")
+    return {"s": spent.seconds, "cpu s": spent.whole_cpu_s}
 
 
-def follow(meter: type[Meter], repository: str, commit: str, output: str, mode: Literal["prepare", "update"]) -> dict:
+def follow(
+    meter: type[Meter], repository: str, commit: str, output: str, mode: Literal["prepare", "update"], makes: bool
+) -> dict:
     """What `blues prepare` does to a repository, in a process that has imported what is needed: planning, and Ray's
-    start where it is needed."""
+    start where it is needed. makes: whether it should come to a new version."""
     import_module("ray.data")
-    with meter() as spent, Descendants() as below:
+    with meter() as spent:
         planned = plan(repository, commit=commit)
         done = prepare_plan(planned, output, Tokenizer.Config(), mode=mode)
-    if not done.made:
-        raise ValueError(f"nothing was done at {output}; it was there already")
+    if done.made != makes:
+        raise ValueError(f"{'nothing was' if makes else 'something was'} made at {output}")
     documents = sum(done.store.num_documents(split) for split in SPLITS)
-    return {"s": spent.seconds, "cpu s": spent.cpu_s + below.cpu_s, "documents": documents}
+    return {"s": spent.seconds, "cpu s": spent.whole_cpu_s, "documents": documents}
 
 
 def prepare(meter: type[Meter], corpus: str, size: int, output: str, workers: int, options: list[str]) -> dict:
     """The whole command: the start of Python and of Ray, reading, tokenizing, writing, fsync. size: bytes of text."""
+    folder = Path(output).parent
+    if folder.exists():  # a dataset, or the beginning of one, would save work
+        raise ValueError(f"{folder} is there already; only preparing from the beginning is measured")
+    folder.mkdir(parents=True)
     words = ["prepare", "--input-dir", corpus, "--data-cache-dir", output, "--num-workers", str(workers), *options]
-    with meter() as spent, Descendants() as below:
+    with meter() as spent:
         blues(words)
     store = Store.open(output)
     read = sum(store.text_bytes(split) for split in SPLITS)
     tokens = sum(store.num_tokens(split) - store.num_documents(split) for split in SPLITS)
-    shutil.rmtree(output)
+    shutil.rmtree(folder)
     if read != size:
         raise ValueError(f"{read} bytes of text were prepared where the corpus has {size}")
-    rates = {"MB/s": size / MB / spent.seconds, "MB/s a core": size / MB / below.cpu_s}
-    return rates | {"s": spent.seconds, "cpu s": below.cpu_s, "bytes": size, "tokens": tokens}
+    rates = {"MB/s": size / MB / spent.seconds, "MB/s a core": each(size / MB, spent.whole_cpu_s)}
+    return rates | {"s": spent.seconds, "cpu s": spent.whole_cpu_s, "bytes": size, "tokens": tokens}
+
+
+def each(amount: float, cpu_s: float | None) -> float | None:
+    """An amount by second of processor time, where that could be counted."""
+    return None if cpu_s is None else amount / cpu_s
 
 
 def write_store(meter: type[Meter], output: str, size: int, chunk_tokens: int, seed: int) -> dict:

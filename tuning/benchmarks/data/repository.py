@@ -1,22 +1,24 @@
 """A git repository with a history: a corpus as commit A, and commit B with some files edited, removed and renamed.
 
-In: a corpus, shares, a seed. Out: the repository and its two commits, the same for the same input.
+In: a corpus, shares, a seed. Out: the repository and its two commits, the same for the same input. Objects lie as in a
+clone that somebody works in: those of A in a pack, as they are fetched, those of B loose, as `git commit` leaves them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from blues.config import write_atomic
 from blues.errors import DataError
 from tuning.benchmarks.data.corpus import Corpus, files_of
+from tuning.benchmarks.data.kept import Facts, code_of, kept
 
 WHO_AND_WHEN = {
     f"GIT_{who}_{what}": value
@@ -38,22 +40,39 @@ class Repository:
     renamed: int
 
 
-def build(target: Path, corpus: Corpus, *, share: float, moved: int = 5, seed: int = 0) -> Repository:
-    """Make the repository, or use the one that an earlier call made.
+def build(
+    target: Path,
+    corpus: Corpus,
+    *,
+    share: float,
+    moved: int = 5,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Repository:
+    """Make the repository, or use the one that an earlier call made of the same.
 
     Args:
         share: of the files that are edited: a line in the middle of the file is written anew, and one is appended.
         moved: files that are removed, and as many others that are renamed.
+        say: is told whether an earlier one is used.
     """
-    done, asked = target.with_suffix(".json"), {"corpus": corpus.xxh3, "share": share, "moved": moved, "seed": seed}
-    if done.exists():
-        known = json.loads(done.read_bytes())
-        if known["asked"] == asked:
-            return Repository(**known["repository"])
-    shutil.rmtree(target, ignore_errors=True)
+    request = {
+        "corpus": corpus.xxh3,
+        "share": share,
+        "moved": moved,
+        "seed": seed,
+        "objects": "A in a pack, B loose",
+        "code": code_of(Path(__file__)),
+    }
+    make = partial(_make, corpus=corpus, share=share, moved=moved, seed=seed)
+    return Repository(str(target), **kept(target, request, make, say=say))
+
+
+def _make(target: Path, corpus: Corpus, share: float, moved: int, seed: int) -> Facts:
     shutil.copytree(corpus.path, target)
     _git(target, "init", "--quiet", "--initial-branch=main")
     before = _commit(target, "A")
+    _git(target, "repack", "-a", "-d", "-q")
     names = files_of(corpus)
     edited, moves = round(share * len(names)), min(moved, (len(names) - 1) // 3)
     drawn = np.random.default_rng(seed).permutation(len(names))[: edited + 2 * moves].tolist()
@@ -64,9 +83,8 @@ def build(target: Path, corpus: Corpus, *, share: float, moved: int = 5, seed: i
     for number in drawn[edited + moves :]:
         path = target / names[number]
         path.rename(path.with_name(f"renamed_{path.name}"))
-    repository = Repository(str(target), before, _commit(target, "B"), len(names), edited, moves, moves)
-    write_atomic(done, json.dumps({"asked": asked, "repository": asdict(repository)}).encode())
-    return repository
+    changed = {"edited": edited, "removed": moves, "renamed": moves}
+    return {"before": before, "after": _commit(target, "B"), "files": len(names), **changed}
 
 
 def _edit(path: Path, number: int) -> None:

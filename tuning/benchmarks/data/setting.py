@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import blues
+from blues.data.storage.store import Store
 from blues.errors import BluesError, ConfigError, DataError
-from tuning.benchmarks.bench import Bench, Call
+from tuning.benchmarks.bench import Bench, Call, installed
 from tuning.benchmarks.data import corpus as corp
+from tuning.benchmarks.data.kept import Facts, code_of, kept
+from tuning.benchmarks.record import number
 
 MB = 10**6
 TOKEN_BYTES = 4
@@ -28,8 +31,8 @@ DATA = "data"
 class Options:
     """What a person chooses.
 
-    corpus: folders of Python source (empty: what this Python has installed); corpus_mb: so much of it. store_gb: size
-    of the dataset that is read. windows: how many a loader delivers in a run. workers: processes that prepare.
+    corpus: folders of Python source (empty: the packages installed beside Blues); corpus_mb: so much of it. store_gb:
+    size of the dataset that is read. windows: how many a loader delivers in a run. workers: processes that prepare.
     documents: drawn for the search for copies. edited: share of a repository's files that an update reads again.
     """
 
@@ -59,7 +62,7 @@ class Setting:
 
     bench: Bench
     options: Options
-    _unwritten: dict[str, BluesError] = field(default_factory=dict)
+    _written: dict[str, BluesError | None] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -72,31 +75,32 @@ class Setting:
         options = self.options
         roots = [Path(root) for root in options.corpus] or corp.default_roots()
         most = None if options.corpus_mb is None else int(options.corpus_mb * MB)
-        made = corp.collect(self.folder / "corpus", roots, max_bytes=most, seed=options.seed)
-        self.bench.say(f"corpus: {made.files:,} files of Python, {made.bytes / MB:,.0f} MB, no file twice")
+        made = corp.collect(self.folder / "corpus", roots, max_bytes=most, seed=options.seed, say=self.bench.say)
+        self.bench.say(f"corpus: {made.files:,} files of Python, {made.size}, no file twice, xxh3 {made.xxh3}")
         return made
 
     @functools.cached_property
     def store(self) -> str:
         """A dataset of random tokens."""
         path, size = self.folder / "store", int(self.options.store_gb * 1e9)
-        if not (path / "manifest.json").exists():
+        wanted = {"size": size, "chunk_tokens": self.options.chunk_tokens, "seed": self.options.seed}
+
+        def write(path: Path) -> Facts:
             self._make_room(int(1.1 * size))
-            shutil.rmtree(path, ignore_errors=True)
-            wanted = {"size": size, "chunk_tokens": self.options.chunk_tokens, "seed": self.options.seed}
-            made = self.bench.call(self.ours("ours", "write_store", {"output": str(path), **wanted}))
-            self.bench.say(
-                f"store: {made['tokens']:,} random tokens in {made['chunks']} chunks, {made['MB/s']:.0f} MB/s"
-            )
+            return self.bench.call(self.ours("ours", "write_store", {"output": str(path), **wanted}))
+
+        made = kept(path, {**wanted, "code": self.code("ours")}, write, say=self.bench.say)
+        self.bench.say(f"store: {made['tokens']:,} random tokens in {made['chunks']} chunks, {made['MB/s']:.0f} MB/s")
         return str(path)
 
     @functools.cached_property
     def prepared(self) -> str:
         """The corpus as a dataset."""
         path = self.folder / "corpus-prepared"
-        if not (path / "manifest.json").exists():
-            words = ["prepare", "--input-dir", self.corpus.path, "--data-cache-dir", str(path)]
-            self.bench.call(self.ours("ours", "command", {"words": words}))
+        words = ["prepare", "--input-dir", self.corpus.path, "--data-cache-dir", str(path)]
+        call = self.ours("ours", "command", {"words": words, "dataset": str(path)})
+        request = {"corpus": self.corpus.xxh3, "code": self.code("ours")}
+        kept(path, request, lambda path: self.bench.call(call), say=self.bench.say)
         return str(path)
 
     @functools.cached_property
@@ -108,6 +112,11 @@ class Setting:
     def store_bytes(self) -> int:
         """Bytes of the tokens of both splits."""
         return sum(path.stat().st_size for path in Path(self.store, "chunks").glob("*.tokens"))
+
+    @property
+    def store_size(self) -> str:
+        """`10.0 GB`."""
+        return f"{number(self.store_bytes / 1e9)} GB"
 
     def ours(
         self,
@@ -136,20 +145,36 @@ class Setting:
             BluesError: it cannot be written; the same one without another attempt when asked again.
         """
         folder = self.folder / name
-        done = folder.with_suffix(".done")
-        if name in self._unwritten:
-            raise self._unwritten[name]
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            self._make_room(int(1.1 * self.store_bytes))
+        if name not in self._written:
             try:
-                seconds = self.bench.call(write)["s"]
+                self._write(folder, write)
+                self._written[name] = None
             except BluesError as error:
-                self._unwritten[name] = error
-                raise
-            done.touch()
-            self.bench.say(f"  {name}: the same tokens written in {seconds:.0f} s")
+                self._written[name] = error
+        if (problem := self._written[name]) is not None:
+            raise problem
         return str(folder)
+
+    def _write(self, folder: Path, write: Call) -> None:
+        request = {
+            "store": Store.open(self.store).fingerprint,
+            "block": write.arguments["length"],
+            "versions": installed(write.python, write.packages),
+            "code": code_of(Path(write.file)),
+        }
+
+        def make(folder: Path) -> Facts:
+            self._make_room(int(1.1 * self.store_bytes))
+            return self.bench.call(write)
+
+        seconds = kept(folder, request, make, say=self.bench.say)["s"]
+        self.bench.say(f"  {folder.name}: the same tokens, written in {seconds:.0f} s")
+
+    def code(self, *modules: str) -> str:
+        """Checksum of the code that makes datasets here: that of Blues, and of modules of this package."""
+        library = Path(blues.__file__).parent
+        own = (HERE / f"{module}.py" for module in modules)
+        return code_of(library / "data", library / "cluster" / "prepare.py", *own)
 
     def _make_room(self, size: int) -> None:
         """Be sure that `size` bytes fit.

@@ -6,7 +6,6 @@ In: `meter` and a corpus. Out: MB/s and the number of tokens. Loading and readin
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def threads(meter: type[Meter], corpus: str, encoder: str, count: int) -> dict:
     encode(["def f():\n    return 1\n"])
     with meter() as spent:
         tokens = sum(encode(batch) for batch in batches)
-    return _rates(batches, spent, tokens)
+    return _rates(batches, spent.seconds, spent.cpu_s, tokens)
 
 
 def processes(meter: type[Meter], corpus: str, encoder: str, count: int) -> dict:
@@ -58,25 +57,22 @@ def processes(meter: type[Meter], corpus: str, encoder: str, count: int) -> dict
     batches = read_batches(corpus)
     context = multiprocessing.get_context("fork")
     ready, counter, answers = context.Barrier(count + 1), context.Value("q", 0), context.Queue()
-    workers = [
-        context.Process(target=_encode_share, args=(batches, encoder, ready, counter, answers)) for _ in range(count)
-    ]
+    shared = (batches, encoder, ready, counter, answers)
+    workers = [context.Process(target=_encode_share, args=shared) for _ in range(count)]
     for worker in workers:
         worker.start()
     ready.wait()
     with meter() as spent:
-        answered = [answers.get() for _ in workers]
+        tokens = sum(answers.get() for _ in workers)
     for worker in workers:
         worker.join()
-    spent.cpu_s = sum(cpu_s for _, cpu_s in answered)
-    return _rates(batches, spent, sum(tokens for tokens, _ in answered))
+    return _rates(batches, spent.seconds, spent.whole_cpu_s, tokens)
 
 
 def _encode_share(batches: list[list[str]], encoder: str, ready: Any, counter: Any, answers: Any) -> None:
     encode, tokens = ENCODERS[encoder](1), 0
     encode(["def f():\n    return 1\n"])
     ready.wait()
-    began = time.process_time()
     while True:
         with counter.get_lock():
             number = counter.value
@@ -84,7 +80,7 @@ def _encode_share(batches: list[list[str]], encoder: str, ready: Any, counter: A
         if number >= len(batches):
             break
         tokens += encode(batches[number])
-    answers.put((tokens, time.process_time() - began))
+    answers.put(tokens)
 
 
 def read_batches(corpus: str) -> list[list[str]]:
@@ -101,7 +97,7 @@ def read_batches(corpus: str) -> list[list[str]]:
     return [batch for batch in batches if batch]
 
 
-def _rates(batches: list[list[str]], spent: Meter, tokens: int) -> dict:
+def _rates(batches: list[list[str]], seconds: float, cpu_s: float | None, tokens: int) -> dict:
     size = int(np.sum([len(text.encode("utf-8")) for batch in batches for text in batch]))
-    rates = {"MB/s": size / MB / spent.seconds, "MB/s a core": size / MB / spent.cpu_s}
-    return rates | {"s": spent.seconds, "bytes": size, "tokens": tokens}
+    rates = {"MB/s": size / MB / seconds, "MB/s a core": None if cpu_s is None else size / MB / cpu_s}
+    return rates | {"s": seconds, "bytes": size, "tokens": tokens}

@@ -17,7 +17,7 @@ HASHING = "reading and hashing the token files, no structure"
 def measure(setting: Setting) -> None:
     """Measure the group."""
     bench, size = setting.bench, setting.store_bytes
-    bench.begin(GROUP, f"{size / 1e9:.1f} GB of tokens; GB of tokens by second of processor time, and by second")
+    bench.begin(GROUP, f"{setting.store_size} of tokens; GB of tokens by second of processor time, and by second")
     heat = partial(warm, files_below(setting.store))
 
     def probe(name: str, side: Side, function: str, arguments: dict[str, Any], note: str) -> Probe:
@@ -34,4 +34,4 @@ def measure(setting: Setting) -> None:
         ],
     )
     for name in ("Store.check", "blues verify"):
-        bench.figure(GROUP, name, made[name].spread(METRICS[0]), METRICS[0], at_least=1.0)
+        bench.figure(GROUP, name, made[name].spread(METRICS[0]), METRICS[0], of=setting.store_size, at_least=1.0)

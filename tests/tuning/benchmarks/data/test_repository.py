@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 
 import pytest
@@ -29,6 +30,36 @@ def test_commit_b_edits_removes_and_renames_as_many_as_it_says(corpus, tmp_path)
     assert (made.files, made.edited, made.removed, made.renamed) == (60, 6, 3, 3)
     found = changes(made)
     assert {kind: found.count(kind) for kind in "MDR"} == {"M": 6, "D": 3, "R": 3} and len(found) == 12
+
+
+def test_what_was_fetched_is_packed_and_what_was_committed_since_is_loose(corpus, tmp_path):
+    made = build(tmp_path / "repository", corpus, share=0.1, moved=3)
+
+    def git(*words: str) -> list[str]:
+        return subprocess.check_output(["git", "-C", made.path, *words], text=True).split()
+
+    [pack] = (tmp_path / "repository/.git/objects/pack").glob("*.idx")
+    lines = subprocess.check_output(["git", "verify-pack", "-v", str(pack)], text=True).splitlines()
+    packed = {line.split()[0] for line in lines if len(line.split()) >= 5 and len(line.split()[0]) == 40}
+    loose = {path.parent.name + path.name for path in (tmp_path / "repository/.git/objects").glob("??/*")}
+    reached = {commit: {line[:40] for line in git("rev-list", "--objects", "--no-object-names", commit)}
+               for commit in (made.before, made.after)}  # fmt: skip
+    assert packed == reached[made.before]
+    assert loose == reached[made.after] - reached[made.before]
+    assert len(loose) > made.edited and made.after in loose
+
+
+def test_a_repository_whose_objects_lie_otherwise_is_made_anew(corpus, tmp_path):
+    made = build(tmp_path / "repository", corpus, share=0.1, moved=3)
+    note = tmp_path / "repository.made.json"
+    tree = json.loads(note.read_text())
+    tree["request"]["objects"] = "all loose"
+    note.write_text(json.dumps(tree))
+    (tmp_path / "repository/mark").touch()
+    lines: list[str] = []
+    assert build(tmp_path / "repository", corpus, share=0.1, moved=3, say=lines.append) == made
+    assert not (tmp_path / "repository/mark").exists()
+    assert lines == ["  repository: made anew, what was kept has another objects"]
 
 
 def test_commits_depend_on_corpus_and_seed_alone(corpus, tmp_path):
