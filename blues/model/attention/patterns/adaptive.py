@@ -52,10 +52,10 @@ class AdaptiveWindow(AttentionPattern, variant="adaptive_window"):
 
 
 class EntropyWindow(AttentionPattern, variant="entropy_window"):
-    """A window per layer, derived from the measured entropy of its attention (`entropy_windows`).
+    """A window per layer from the measured entropy of its attention (Blues' own; attention entropy, arXiv 2303.06296).
 
-    Layers that attend to few keys get short windows, as attention entropy tells them apart (arXiv 2303.06296 on what it
-    measures). `windows` has one number per layer, or one for all.
+    Layers that read few keys get short windows, see `entropy_windows`. `windows` has one number per layer, or one for
+    all.
     """
 
     @cfg.configclass

@@ -122,7 +122,7 @@ class ByLayer(Composed, variant="by_layer"):
 
 
 class ByHead(Composed, variant="by_head"):
-    """Head h has pattern h of a cycle (factorized heads of the Sparse Transformer, arXiv 1904.10509, sec. 4.3)."""
+    """Head h has pattern h of a cycle (factorized heads of the Sparse Transformer, arXiv 1904.10509, sec. 5.1)."""
 
     @cfg.configclass
     class Config(Composed.Config):

@@ -19,9 +19,9 @@ PRIME = 32_749
 
 
 class Strided(AttentionPattern, variant="strided"):
-    """The last `stride` tokens and every `stride`-th before (Sparse Transformer's strided, arXiv 1904.10509, sec. 4.2).
+    """The last `stride` tokens and every `stride`-th before (Sparse Transformer's strided, arXiv 1904.10509, sec. 4.3).
 
-    Both parts in one head ("merged"). One part per head is `by_head` of `sliding_window` and `dilated`.
+    Both parts in one head ("merged", sec. 5.1). One part per head: `by_head` of `sliding_window` and `dilated`.
     """
 
     @cfg.configclass
@@ -100,10 +100,10 @@ class BlockSparse(AttentionPattern, variant="block_sparse"):
 
 
 class BlockList(AttentionPattern, variant="block_list"):
-    """Blocks listed head by head, as pruning by measured attention mass leaves them (blues/model/attention/pruning.py).
+    """Blocks listed head by head, as pruning by measured attention mass leaves them (Blues' own).
 
     `heads`: a string for each head, or one for all. It has a hexadecimal number for each block of queries, joined by
-    dots; bit j is set if the block's queries see block j of the keys. `1.3.5` are three blocks of queries, of which
+    dots (blues/model/attention/pruning.py makes them); bit j is set if the block's queries see block j of the keys. `1.3.5` are three blocks of queries, of which
     the last does not see the middle block. Queries beyond the last listed block see everything before them.
     """
 
