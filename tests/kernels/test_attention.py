@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 import warnings
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from blues.kernels.attention import BACKENDS, Situation, attention_naive, dense_mask, form_of, supports
+from blues.errors import ConfigError
+from blues.kernels.attention import BACKENDS, Situation, attention_naive, choose, dense_mask, form_of, supports
+from blues.kernels.attention.choice import candidates
 from blues.kernels.attention.flex import block_mask_of, decoding_group
 
 CPU = torch.device("cpu")
@@ -269,3 +272,50 @@ def test_what_a_backend_cannot_do_is_said(backend, situation, reason):
 )
 def test_what_a_backend_can_do_is_not_refused(backend, situation):
     assert supports(backend, situation) is None
+
+
+@pytest.mark.parametrize("form", ["full", "causal", "window", "block_mask", "mask", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_automatic_trains_every_form_on_every_device(form, dtype):
+    for situation in (on("cpu", dtype=dtype, form=form), on(dtype=dtype, form=form), on(capability=(7, 5), form=form)):
+        for head_dim in (64, 36, 6, 512):
+            choose("auto", dataclasses.replace(situation, head_dim=head_dim))
+    assert choose("auto", on("cpu", dtype=dtype, form=form)) == ("sdpa_math" if form == "bias" else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("situation", "first"),
+    [
+        (on(), ("flash4", "sdpa_cudnn", "flash2", "sdpa_flash", "sdpa")),
+        (on(training=False), ("flash4", "flash2", "sdpa_flash", "sdpa")),
+        (on(form="full", training=False, cache=True), ("flash2", "sdpa_flash", "flash4")),
+        (on(form="window"), ("flash4", "flash2", "flex", "sdpa")),
+        (on(form="window", training=False, cache=True), ("flash2",)),
+        (on(form="block_mask"), ("flex", "sdpa")),
+        (on(form="mask"), ("sdpa", "flex", "sdpa_math")),
+        (on("cpu"), ("sdpa", "sdpa_math")),
+    ],
+)
+def test_automatic_goes_by_the_measured_order(situation, first):
+    assert candidates(situation)[: len(first)] == first
+
+
+def test_automatic_leaves_out_what_is_not_installed(monkeypatch):
+    for name in ("flash2", "flash4"):
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], missing=lambda: "not installed"))
+    assert choose.__wrapped__("auto", on()) == "sdpa_cudnn"
+    with pytest.raises(ConfigError, match=r"attention.backend: flash4 cannot run here: not installed; change it or"):
+        choose.__wrapped__("flash4", on())
+
+
+def test_the_choice_is_logged_once_for_each_situation(caplog):
+    situation = on("cpu", head_dim=24)
+    with caplog.at_level("INFO", logger="blues"):
+        for _ in range(3):
+            choose("auto", situation)
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("attention: sdpa (auto) for Situation(")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ConfigError, match="no 'flash3'; choose from auto, naive, sdpa"):
+        supports("flash3", on())

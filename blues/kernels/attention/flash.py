@@ -53,14 +53,14 @@ def _window(left: int, right: int) -> dict[str, Any]:
     return {"window_size_left": left if left >= 0 else None, "window_size_right": right if right >= 0 else None}
 
 
-@torch.library.custom_op("blues::flash4", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("blues::flash4", mutates_args=())
 def _flash4(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     """`out_BTHC`, and the logarithm of the softmax's denominators, `lse_BHT`."""
     from flash_attn.cute import interface
 
     q_BTHC, k_BSGC, v_BSGC = (x.detach() for x in (q_BTHC, k_BSGC, v_BSGC))
     result = interface._flash_attn_fwd(q_BTHC, k_BSGC, v_BSGC, return_lse=True, **_window(left, right))
-    return result[0], result[1]
+    return result[0].contiguous(), result[1].contiguous()
 
 
 @_flash4.register_fake
@@ -69,7 +69,7 @@ def _(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, left: int, right: int) -> 
     return q_BTHC.new_empty(B, T, H, C), q_BTHC.new_empty(B, H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("blues::flash4_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("blues::flash4_backward", mutates_args=())
 def _flash4_backward(
     dout_BTHC: Tensor,
     q_BTHC: Tensor,

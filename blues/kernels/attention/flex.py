@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ def attention_flex(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight)
     block_mask = block_mask_of(sight, T, S, q_BTHC.device)
     group = H // G
     padded = group
-    if T < DECODING and not _needs_gradient(q_BTHC, k_BSGC) and (block_mask is None or block_mask.shape[1] == 1):
+    one_for_all_heads = block_mask is None or block_mask.shape[1] == 1
+    if T < DECODING and one_for_all_heads and not _needs_gradient(q_BTHC, k_BSGC, v_BSGC):
         padded = decoding_group(group)
     if padded != group:
         q_BTGRC = rearrange(q_BTHC, "b t (g r) c -> b t g r c", g=G)
@@ -84,6 +86,12 @@ def _block_mask_of_tensor(mask_BTS: Tensor) -> BlockMask:
     return create_block_mask(sees, B if B > 1 else None, H if H > 1 else None, T, S, device=mask_BTS.device)
 
 
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """fullgraph: what torch cannot compile raises, instead of running unfused."""
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
+
+
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
@@ -92,8 +100,7 @@ def _flex(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, block_mask: BlockMask 
     if torch.compiler.is_compiling():
         return flex_attention(q_BHTC, k_BGSC, v_BGSC, block_mask=block_mask, enable_gqa=gqa)
     if q_BHTC.is_cuda:
-        # fullgraph: what torch cannot compile raises, instead of running unfused.
-        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        compiled = _compiled()
         with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
             return compiled(q_BHTC, k_BGSC, v_BGSC, block_mask=block_mask, enable_gqa=gqa)
     if not torch.is_grad_enabled():  # torch refuses what requires a gradient even where none is recorded

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blues.kernels.attention.sight import Sight, dense_mask
+from blues.kernels.attention.sight import Sight, dense_mask, form_of
 from blues.kernels.attention.situation import HALF
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+BARE = ("full", "causal")
+"""Forms without a mask."""
 
 
 def attention_sdpa(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
@@ -26,7 +28,7 @@ def attention_sdpa(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight)
 
     CPU: flash. CUDA: flash or cuDNN in half precision without a mask, else the memory-efficient kernel.
     """
-    bare = sight.is_causal or _sees_all(sight)
+    bare = form_of(sight) in BARE
     if not q_BTHC.is_cuda:
         return _attend(q_BTHC, k_BSGC, v_BSGC, sight, [FLASH], share=False)
     if bare and q_BTHC.dtype in HALF:
@@ -45,7 +47,7 @@ def attention_sdpa_cudnn(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: 
     torch refuses it for a single key. The weight of that key is 1: every query gets its value, and no gradient reaches
     the query and the key.
     """
-    if k_BSGC.shape[1] == 1 and (sight.is_causal or _sees_all(sight)):
+    if k_BSGC.shape[1] == 1 and form_of(sight) in BARE:
         return v_BSGC.repeat_interleave(q_BTHC.shape[2] // v_BSGC.shape[2], dim=2).expand(-1, q_BTHC.shape[1], -1, -1)
     return _attend(q_BTHC, k_BSGC, v_BSGC, sight, [CUDNN], share=True)
 
@@ -53,10 +55,6 @@ def attention_sdpa_cudnn(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: 
 def attention_sdpa_math(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
     """torch's unfused attention: all scores in memory, any dtype, any device."""
     return _attend(q_BTHC, k_BSGC, v_BSGC, sight, [MATH], share=False)
-
-
-def _sees_all(sight: Sight) -> bool:
-    return not sight.is_causal and sight.window is None and sight.block_mask is None and sight.mask_BTS is None
 
 
 def _attend(

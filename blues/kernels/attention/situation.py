@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,6 +35,7 @@ class Situation:
         return self.device == "cuda"
 
 
+@lru_cache(maxsize=64)
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a CUDA device; None for others, and where no such device is there to be asked."""
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -9,6 +9,7 @@ The device and the format are known when tensors come, so that is when the choic
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -80,7 +81,13 @@ class Attend:
         training = torch.is_grad_enabled() and (q_BTHC.requires_grad or k_BSGC.requires_grad or v_BSGC.requires_grad)
         cache = q_BTHC.shape[1] != k_BSGC.shape[1]
         name = _resolve(self.backend, str(device), dtype, *self.shape, form_of(view), training, cache)
-        with torch.autocast(device.type, enabled=False):  # the dtype is chosen; autocast would change it
+        with _without_autocast(device):  # the dtype is chosen; autocast would change it
             out_BTHC = BACKENDS[name].attend(q_BTHC, k_BSGC, v_BSGC, view)
         self.precision.watch(out_BTHC)
         return out_BTHC.to(activations)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -56,9 +56,15 @@ def test_autocast_decides_the_format_and_does_not_change_it_again():
     torch.testing.assert_close(out, attention_naive(q, k, v, CAUSAL))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "naive", "sdpa"])
-def test_a_compiled_layer_is_one_graph_and_agrees(backend):
+def test_a_compiled_layer_is_one_graph_and_agrees(backend, autocast):
     q, k, v = (x.requires_grad_() for x in tensors())
     attend = Attend(backend, **SHAPE)
     compiled = torch.compile(attend.__call__, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v, CAUSAL), attention_naive(q, k, v, CAUSAL))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out, plain = compiled(q, k, v, CAUSAL), attend(q, k, v, CAUSAL)
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(
+        out, attention_naive(q, k, v, CAUSAL), **({"atol": 0.02, "rtol": 0.02} if autocast else {})
+    )

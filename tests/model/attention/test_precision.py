@@ -91,3 +91,25 @@ def test_a_layer_can_be_copied_and_pickled_while_a_note_is_under_way():
     for copied in (copy.deepcopy(precision), pickle.loads(pickle.dumps(precision))):
         assert not copied.poll() and copied.wanted == "float16"
     assert precision.poll()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_nothing_waits_for_the_note():
+    attend = Attend("naive", "float16", head_dim=8, num_heads=4, num_kv_heads=1)
+    q, k, v = (x.to(CUDA) for x in tensors(scale=200.0))
+    attend(q, k, v, CAUSAL)  # the first run loads kernels
+    torch.cuda.synchronize()
+    attend.precision.poll()
+    assert attend.precision.overflows == 1
+    attend.precision.overflows = 0
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend(q, k, v, CAUSAL)
+        attend.precision.poll()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    attend.precision.poll()
+    assert attend.precision.overflows == 1, "noted once, whether it was seen before or after the device was done"
+    assert attend(q, k, v, CAUSAL).isfinite().all()
