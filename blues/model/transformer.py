@@ -8,7 +8,8 @@ layer, for metrics.
 Parameters (names of `state_dict`): embedding.weight (V, D); blocks.N.attention_norm.weight (D);
 blocks.N.attention.{qkv, output, query_norm, key_norm}.weight; blocks.N.feed_forward_norm.weight (D);
 blocks.N.feed_forward.{gate_up, down}.weight in dense layers, blocks.N.feed_forward.router.{weight, noise_weight} (E, D)
-and blocks.N.feed_forward.experts.{gate_up_EGD, down_EDF} in mixtures; norm.weight (D); head.weight (V, D) if untied.
+and blocks.N.feed_forward.experts.{gate_up_EGD, down_EDF} in mixtures (other routers have other weights, and buffers of
+what they adapt); norm.weight (D); head.weight (V, D) if untied.
 
 Legend: B batch, T time, D width, V vocabulary, E experts.
 """
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from blues import config as cfg
 from blues.errors import ConfigError
@@ -305,6 +306,11 @@ def _past(tokens_BT: Tensor, cache: KVCache | None, positions_BT: Tensor | None)
     return Past(positions_BT, cache.history if isinstance(cache, KeepsHistory) else None)
 
 
+DECISIONS = (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
+THRESHOLDS = (torch.ops.aten.gt.Tensor, torch.ops.aten.gt.Scalar, torch.ops.aten.ge.Scalar)
+"""How routers decide: by rank, or by comparing a matrix of tokens and experts with thresholds."""
+
+
 def _keep_decisions() -> tuple[Any, Any]:
     """Contexts of a checkpointed block in which all is computed again but the choice and order of experts.
 
@@ -312,7 +318,12 @@ def _keep_decisions() -> tuple[Any, Any]:
     would shift the sorted places of every token behind it, against what the first computation has left for the
     gradient: gradients came out wrong by half their length.
     """
-    return create_selective_checkpoint_contexts([torch.ops.aten.topk.default, torch.ops.aten.sort.stable])
+
+    def policy(_: Any, operation: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:
+        kept = operation in DECISIONS or (operation in THRESHOLDS and inputs[0].ndim == 2)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def is_mixture(config: Transformer.Config, layer: int) -> bool:

@@ -6,6 +6,7 @@ import torch
 from blues import config as cfg
 from blues.errors import ConfigError
 from blues.kernels.linear_cross_entropy import IGNORED, linear_cross_entropy_naive
+from blues.model.moe.layer import mixtures
 from blues.model.transformer import Transformer, is_mixture
 from tests.model.examples import gradients, lively, small, tokens
 
@@ -363,3 +364,39 @@ def test_micro_batches_of_few_and_many_targets_make_up_one_large_batch(moe):
     assert sum(losses) / 4 == pytest.approx(whole.cross_entropy.item(), abs=1e-12) and losses[3] == 0
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], atol=1e-12, rtol=1e-9)
+
+
+def test_mixtures_may_have_different_numbers_of_experts():
+    config = small(experts_per_layer=[5, 1])
+    model = lively(config.build())
+    assert [(layer, moe.experts.num_experts, moe.router.num_experts) for layer, moe in mixtures(model)] == [
+        (1, 5, 5),
+        (3, 1, 1),
+    ]
+    assert cfg.load(Transformer.Config, cfg.dump(config)) == config
+    ids = tokens(model)
+    output, _ = step(model, ids)
+    assert [routing.ids_TK.shape[1] for routing in output.routing] == [2, 1], "no more choices than experts"
+    idle = 3 * 32 * 24 * 3
+    assert model.num_active_parameters() == model.num_parameters() - idle
+    same = small(experts_per_layer=[4, 4]).build(seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), small().build(seed=1).parameters(), strict=True))
+
+
+def test_one_number_of_experts_for_each_mixture_layer():
+    with pytest.raises(ConfigError, match="^experts_per_layer: must have one number for each of the 2 mixture layers"):
+        small(experts_per_layer=[4])
+    with pytest.raises(ConfigError, match="^num_experts: must be at least 1"):
+        small(experts_per_layer=[4, 0]).build()
+
+
+def test_blocks_and_routers_share_one_context():
+    model, seen = small().build(), []
+    for _, moe in mixtures(model):
+        moe.router.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    ids, languages, documents = tokens(model), torch.ones(2, 16, dtype=torch.int64), torch.zeros(2, 16)
+    model(ids, documents=documents, languages=languages, progress=0.25)
+    assert seen[0] is seen[1] and seen[0].tokens_BT is ids and seen[0].documents_BT is documents
+    assert seen[0].languages_BT is languages and seen[0].progress == 0.25 and seen[0].past is None
+    model(ids)
+    assert seen[2].progress == 1.0 and seen[2].languages_BT is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blues import config as cfg
@@ -50,9 +51,9 @@ class AdaptiveTopK(LinearRouter, variant="adaptive_top_k"):
         logits_TE = self.logits(x_TD)
         probs_TE = logits_TE.softmax(dim=-1)
         probs_TK, ids_TK = probs_TE.topk(self.slots, dim=-1)
-        before_TK = probs_TK.detach().cumsum(dim=-1) - probs_TK.detach()
+        before_TK = F.pad(probs_TK.detach().cumsum(dim=-1)[:, :-1], (1, 0))
+        # The first expert is always taken: nothing comes before it, and p is above 0.
         enough_TK = before_TK >= self.config.p
-        enough_TK[:, 0] = False
         penalty = None
         if self.config.entropy_weight:
             entropy_T = torch.special.entr(probs_TE).sum(dim=-1)
