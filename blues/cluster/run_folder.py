@@ -3,7 +3,7 @@
     RUN/experiment.yaml   the configuration tree          RUN/checkpoints/   step-00000100/, ...
     RUN/run.json          provenance of every start       RUN/figures/       loss curve, expert load
     RUN/metrics.jsonl     every metric, the truth         RUN/logs/          what each worker printed
-    RUN/tracking.json     the MLflow run that follows
+    RUN/tracking.json     the MLflow run that follows     RUN/specialization/   what each expert learned
 
 In: a path and an experiment. Out: the folder, held for the time of a `with` block, or a sentence why not.
 """
@@ -23,8 +23,9 @@ from blues.experiment import Experiment
 
 EXPERIMENT, RECORD, METRICS, TRACKING = "experiment.yaml", "run.json", "metrics.jsonl", "tracking.json"
 CHECKPOINTS, FIGURES, LOGS, RAY = "checkpoints", "figures", "logs", ".ray"
+SPECIALIZATION = "specialization"
 DRIVER_LOCK, WORKER_LOCK = ".driver.lock", ".worker.lock"
-OWN = (EXPERIMENT, RECORD, METRICS, TRACKING, CHECKPOINTS, FIGURES, LOGS, RAY, DRIVER_LOCK, WORKER_LOCK)
+OWN = (EXPERIMENT, RECORD, METRICS, TRACKING, CHECKPOINTS, FIGURES, SPECIALIZATION, LOGS, RAY, DRIVER_LOCK, WORKER_LOCK)
 
 FREE = (
     "data.path",  # what it holds is compared by the checkpoint's data fingerprint, and
@@ -38,6 +39,7 @@ FREE = (
     "training.validation_samples",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.specialization",
     "training.max_failures",
     "tracking",
     "inference",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["start", "train", "validation", "checkpoint", "warning", "end"]
+Kind = Literal["start", "train", "validation", "specialization", "checkpoint", "warning", "end"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,8 @@ class Event:
     """Something that happened after update number `step`.
 
     metrics: values by name, see `Trainer`. expert_load: share of tokens by mixture layer and expert (kind "train").
-    details: plain facts, e.g. the device of a start, the path of a checkpoint, whether an end is the last step.
+    details: plain facts, e.g. the device of a start, the path of a checkpoint or of a report on the experts'
+    specialization, whether an end is the last step.
     """
 
     kind: Kind

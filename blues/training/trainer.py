@@ -47,6 +47,7 @@ from blues.training.engine import Engine
 from blues.training.observer import Event, Kind, Observer
 from blues.training.optim import AdamW, Cosine, Optimizer, Schedule
 from blues.training.parallel import Parallel, Precision, Ranks, arithmetic
+from blues.training.specialization import SpecializationLog
 from blues.training.validation import Validation
 
 LOSSES = ("total", "cross_entropy", "load_balancing", "router_z")
@@ -74,8 +75,8 @@ class Trainer(cfg.Configurable):
         none. precision: `auto` is bf16 with fp32 master weights where the device has it, else fp32. log_every,
         validate_every, checkpoint_every: in steps, 0 for never (the last step always gets all three).
         validation_samples: sequences of the validation split, always the same. keep_checkpoints: newest ones that
-        stay. max_failures: restarts of the workers after a crash before the run gives up. seed: of the weights and of
-        the router noise.
+        stay. specialization: what each expert learned, at the end unless it says otherwise. max_failures: restarts of
+        the workers after a crash before the run gives up. seed: of the weights and of the router noise.
         """
 
         steps: int = 10_000
@@ -91,6 +92,7 @@ class Trainer(cfg.Configurable):
         validation_samples: int = 256
         checkpoint_every: int = 500
         keep_checkpoints: int = 2
+        specialization: SpecializationLog.Config = SpecializationLog.Config()
         max_failures: int = 3
         seed: int = 0
 
@@ -181,8 +183,18 @@ class _Loop:
             self.validation = Validation(trainer.validation_data, samples, size, ranks)
         self.experts = None
         if layers := mixtures(self.model):
-            most = max(moe.experts.num_experts for _, moe in layers)
-            self.experts = ExpertStatistics([layer for layer, _ in layers], most, ranks.device)
+            sizes = [moe.router.num_experts for _, moe in layers]
+            self.experts = ExpertStatistics([layer for layer, _ in layers], sizes, ranks.device)
+        self.specialization: SpecializationLog = config.specialization.build(
+            model=self.model,
+            train_data=self.data,
+            held_out=trainer.validation_data,
+            ranks=ranks,
+            run_dir=self.run_dir,
+            steps=config.steps,
+            tokens_per_step=self.tokens_per_step,
+            step=self.step,
+        )
         self.adaptation, self.load = RouterAdaptation(self.model), UpdateLoad()
         learned_spans = any(layer.span is not None for layer in self.model.attentions)
         self.loss_names = (*LOSSES, "attention_span") if learned_spans else LOSSES
@@ -202,6 +214,8 @@ class _Loop:
                 self._update(micro_batches)
                 if self._due(self.config.validate_every):
                     self._validate()
+                if self.specialization.due(self.step):
+                    self._report_specialization()
                 stopped = self.ranks.any(self.observer.should_stop())
                 if stopped or self._due(self.config.checkpoint_every):
                     self._save()
@@ -227,27 +241,31 @@ class _Loop:
         """One step; its figures are those of its own global batch, so a resumed run logs what an unbroken one does."""
         self.step += 1
         log = self._due(self.config.log_every)
+        specialize = self.specialization.counts(self.step)
         if log:
             self.losses.zero_()
-            if self.experts is not None:
-                self.experts.reset()
+        if self.experts is not None:
+            self.experts.next_update()
 
         num_targets = self._targets_per_micro_batch(self.step - 1)
         self.load.reset()
 
         def micro_batch(index: int) -> Tensor:
             torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
+            batch = next(micro_batches).to(self.ranks.device)
             output = self._forward(
-                next(micro_batches),
+                batch,
                 num_targets=num_targets,
                 progress=(self.step - 1) / self.config.steps,
                 load=self.load,
             )
             self.adaptation.add(output.routing)
+            if self.experts is not None:
+                self.experts.update(output.routing)
+            if specialize:
+                self.specialization.add(batch, output.routing)
             if log:
                 self.losses += torch.stack([getattr(output.losses, name) for name in self.loss_names]).detach()
-                if self.experts is not None:
-                    self.experts.update(output.routing)
             return output.losses.total
 
         rate_factor = self.schedule.factor(self.step - 1)
@@ -259,6 +277,8 @@ class _Loop:
                 f"(training.gradient_clipping), and start with --fresh or another --run-dir"
             )
         self.adaptation.finish()
+        if specialize:
+            self.specialization.next_update()
         if log:
             self._log(gradient_norm, self.config.optimizer.lr * rate_factor)
 
@@ -271,7 +291,17 @@ class _Loop:
     def _forward(self, batch: Batch, **options: Any) -> Any:
         """The model's output; `options` as in `Transformer.forward`."""
         batch = batch.to(self.ranks.device)
-        return self.engine(batch.inputs, batch.targets, documents=batch.documents, **options)
+        return self.engine(batch.inputs, batch.targets, documents=batch.documents, languages=batch.languages, **options)
+
+    def _report_specialization(self) -> None:
+        def route(batch: Batch) -> Any:
+            return self.engine(batch.inputs, documents=batch.documents, languages=batch.languages)
+
+        with self._off_the_clock():
+            self.engine.train(False)
+            metrics, path = self.specialization.report(self.step, route)
+            self.engine.train(True)
+            self._send("specialization", metrics, details={"path": str(path)})
 
     def _log(self, gradient_norm: float, learning_rate: float) -> None:
         """Average this step's figures over the workers (one reduction, one copy to the host) and send them."""
@@ -293,6 +323,7 @@ class _Loop:
             summary = self.experts.read()
             metrics |= summary.metrics()
             load = summary.load_LE
+            self.experts.reset()
         self._send("train", metrics, expert_load=load)
         self._restart_clock()
 

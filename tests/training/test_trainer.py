@@ -204,6 +204,7 @@ def test_events_tell_the_run(data, tmp_path):
         ("checkpoint", 3),
         ("train", 6),
         ("validation", 6),
+        ("specialization", 6),
         ("checkpoint", 6),
         ("end", 6),
     ]

@@ -27,6 +27,7 @@ from torch import Tensor
 from blues import config as cfg
 from blues.data import tokenizer as tok
 from blues.data.merging import merge
+from blues.data.mixture.languages import Languages
 from blues.data.mixture.packing import Packing, Stream
 from blues.data.mixture.prefetch import read_ahead
 from blues.data.mixture.schedule import Schedule, Stretch, permute_all, round_weights, shares_of
@@ -47,6 +48,8 @@ class Batch(NamedTuple):
     """int64[B]: the number of the source of each sample."""
     documents: Tensor | None
     """int32[B, T]: equal where two inputs of a row are of the same document; None if attention may cross documents."""
+    languages: Tensor | None = None
+    """int64[B, T]: the number of the language of each input's document, 0 if unknown; None if they are not read."""
 
     def to(self, device: torch.device) -> Batch:
         """On a device; from pinned memory the copy runs beside the computation."""
@@ -58,7 +61,8 @@ class Batch(NamedTuple):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         documents = None if self.documents is None else function(self.documents)
-        return Batch(function(self.inputs), function(self.targets), function(self.sources), documents)
+        languages = None if self.languages is None else function(self.languages)
+        return Batch(function(self.inputs), function(self.targets), function(self.sources), documents, languages)
 
 
 @cfg.configclass
@@ -86,6 +90,7 @@ class Mixture(cfg.Configurable):
 
         path: a directory made by `blues prepare` or `blues merge`. sequence_length: T, in tokens. packing: how
         documents become sequences of that length. isolate_documents: whether attention stays within each document.
+        languages: whether batches say the language of each token, from the metadata `language` of its document.
         phases: changes of the dataset's weights in the course of training, by rising start; each source goes on where
         it stood. They may change between two starts of a run, from the sample it has come to. max_cached_batches:
         batches that wait ready in each worker, 0 to read each when it is asked for. pin_memory: read into page-locked
@@ -98,6 +103,7 @@ class Mixture(cfg.Configurable):
         tokenizer: tok.Tokenizer.Config = tok.Tokenizer.Config()
         packing: Packing.Config = Stream.Config()
         isolate_documents: bool = False
+        languages: bool = False
         phases: tuple[Phase, ...] = ()
         max_cached_batches: int = 8
         pin_memory: bool | Literal["auto"] = "auto"
@@ -120,7 +126,8 @@ class Mixture(cfg.Configurable):
         """Open the dataset, and plan its windows.
 
         Raises:
-            DataError: no path, a damaged dataset, another tokenizer, or a source too small for one window.
+            DataError: no path, a damaged dataset, another tokenizer, a source too small for one window, or languages
+                are wanted and no document has one.
             ConfigError: phases that do not fit the sources.
         """
         if not config.path:
@@ -135,6 +142,12 @@ class Mixture(cfg.Configurable):
         self.num_windows = [windows.num_windows for windows in self._windows]
         self._check_sizes()
         self._schedule = Schedule(self._stretches)
+        self._languages = Languages(self.dataset.stores, split) if config.languages else None
+
+    @property
+    def language_names(self) -> tuple[str, ...]:
+        """Of the numbers in `Batch.languages`: 0 is "unknown". Empty if they are not read."""
+        return () if self._languages is None else self._languages.names
 
     def weights_at(self, index: int = 0) -> list[float]:
         """Share of each source among the samples around `index`; sums to 1."""
@@ -184,15 +197,19 @@ class Mixture(cfg.Configurable):
         shape = (len(sources), self.config.sequence_length)
         inputs, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         documents = np.empty(shape, dtype=np.int32) if self.config.isolate_documents else None
+        languages = None if self._languages is None else np.empty(shape, dtype=np.int64)
         present = np.unique(sources).tolist()
         for source in present:
             rows = slice(None) if len(present) == 1 else np.flatnonzero(sources == source)
             self._windows[source].fill(windows[rows], rows, inputs, targets, documents)
+            if languages is not None and self._languages is not None:
+                languages[rows] = self._languages.read(source, windows[rows], self._windows[source], shape[1])
         return Batch(
             torch.from_numpy(inputs),
             torch.from_numpy(targets),
             torch.from_numpy(sources),
             None if documents is None else torch.from_numpy(documents),
+            None if languages is None else torch.from_numpy(languages),
         )
 
     def pieces_of(self, index: int) -> tuple[int, NDArray[np.int64]]:
