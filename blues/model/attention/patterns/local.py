@@ -83,8 +83,8 @@ class Dilated(AttentionPattern, variant="dilated"):
     """Segments seen ever more thinly: any of several (segment, dilation) (LongNet, arXiv 2307.02486).
 
     A query sees a key of its own segment of `segments[i]` tokens whose distance is a multiple of `dilations[i]`, for
-    any i. LongNet mixes the outputs of the pairs by their softmax denominators, which is a softmax over their union with
-    the keys that several show counted as often; here they count once, and every head has the same ones.
+    any i. LongNet mixes the outputs of the pairs by their softmax denominators, which is a softmax over their union in
+    which keys that several show count as often; here they count once, and every head has the same ones.
     """
 
     @cfg.configclass

@@ -102,9 +102,10 @@ class BlockSparse(AttentionPattern, variant="block_sparse"):
 class BlockList(AttentionPattern, variant="block_list"):
     """Blocks listed head by head, as pruning by measured attention mass leaves them (Blues' own).
 
-    `heads`: a string for each head, or one for all. It has a hexadecimal number for each block of queries, joined by
-    dots (blues/model/attention/pruning.py makes them); bit j is set if the block's queries see block j of the keys. `1.3.5` are three blocks of queries, of which
-    the last does not see the middle block. Queries beyond the last listed block see everything before them.
+    `heads`: a string for each head, or one for all, as blues/model/attention/pruning.py makes them. It has a
+    hexadecimal number for each block of queries, joined by dots; bit j is set if the block's queries see block j of the
+    keys. `1.3.5` are three blocks of queries, of which the last does not see the middle block. Queries beyond the last
+    listed block see everything before them.
     """
 
     @cfg.configclass
