@@ -12,6 +12,7 @@ and output must be on a file system that all of them see.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,15 +127,16 @@ def _do_tasks(
     while True:
         report(build.progress())
         tasks = {number: build.tasks[number] for number in build.missing}
-        size = sum(part.bytes for task in tasks.values() for part in task)
+        size = sum(build.weights[number] for number in tasks)
+        here = build.base is not None and address is None and num_workers is None and size <= HERE_BYTES
         arguments = (
             build.partial.absolute(),
             build.plan.root.absolute(),
             build.settings.tokenizer,
             backend,
             build.recipe,
+            (os.cpu_count() or 1) if here else 1,  # threads that tokenize
         )
-        here = build.base is not None and address is None and num_workers is None and size <= HERE_BYTES
         for number, outcome in map_tasks(
             _Worker, arguments, tasks, num_workers=num_workers, address=address, here=here
         ):
@@ -148,9 +150,11 @@ def _do_tasks(
 class _Worker:
     """Reads, tokenizes and writes one task after the other, in an actor of the pool."""
 
-    def __init__(self, partial: Path, root: Any, tokenizer: Tokenizer.Config, backend: str, recipe: Recipe) -> None:
+    def __init__(
+        self, partial: Path, root: Any, tokenizer: Tokenizer.Config, backend: str, recipe: Recipe, threads: int
+    ) -> None:
         self.partial, self.root, self.recipe = partial, root, recipe
-        self.tokenizer = tokenizer.build(backend=backend)
+        self.tokenizer = tokenizer.build(backend=backend, threads=threads)
         self.rechecked = 0
 
     def __call__(self, number: int, parts: tuple[Part, ...]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,7 @@ class Tokenizer(cfg.Configurable):
 
     `backend` encodes in `encode_arrays`: "tiktoken", "fast", "fastokens" or "quicktok". A fast one that disagrees with
     tiktoken, or fails, is replaced by tiktoken for good, with a warning, before anything of that batch is given out.
+    With `threads`, `encode_arrays` has tiktoken encode so many texts at a time; a fast backend sees to that itself.
 
     Attributes:
         rechecked: documents of the fast backend that tiktoken encoded as well, to the same tokens.
@@ -91,16 +93,20 @@ class Tokenizer(cfg.Configurable):
 
     config: Config
 
-    def __init__(self, config: Config | None = None, backend: str = TIKTOKEN) -> None:
+    def __init__(self, config: Config | None = None, backend: str = TIKTOKEN, threads: int = 1) -> None:
         self.config = config or self.Config()
         self.encoding = load_encoding(self.config.vocab_size)
         self.fell_back: str | None = None
         self._rechecked = 0  # by a backend that was given up
-        self._wanted = backend
+        self._wanted, self._threads = backend, threads
         self._fast = self._open(backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.config, self._wanted)  # the receiving process loads its own copy of the vocabulary
+        return type(self), (
+            self.config,
+            self._wanted,
+            self._threads,
+        )  # the receiving process loads its own copy of the vocabulary
 
     @property
     def backend(self) -> str:
@@ -144,7 +150,7 @@ class Tokenizer(cfg.Configurable):
         The arrays are not to be written to: those of a fast backend are views of one.
         """
         if self._fast is None:
-            return [self.encode_array(text) for text in texts]
+            return self._encode_all(texts)
         unlike = self._fast.fast.unlike
         apart = {number for number, text in enumerate(texts) if unlike in text or _has_long_blank_run(text)}
         given = ["" if number in apart else text for number, text in enumerate(texts)] if apart else texts
@@ -155,7 +161,7 @@ class Tokenizer(cfg.Configurable):
             if any(map(str.__ne__, whole, texts)):  # a Python string that is no Unicode: no fault of the backend
                 return self.encode_arrays(whole)
             self._fall_back(str(error))
-            return [self.encode_array(text) for text in texts]
+            return self._encode_all(texts)
         for number in apart:
             arrays[number] = self.encode_array(texts[number])
         return arrays
@@ -171,6 +177,12 @@ class Tokenizer(cfg.Configurable):
             return self.encoding.decode_bytes(tokens)
         except (KeyError, OverflowError):
             return b"".join(self._decode_token(token) for token in tokens)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._threads == 1 or len(texts) < 2:
+            return [self.encode_array(text) for text in texts]
+        with ThreadPoolExecutor(self._threads) as pool:  # tiktoken lets go of the interpreter's lock
+            return list(pool.map(self.encode_array, texts))
 
     def _encode_piece(self, text: str) -> np.ndarray:
         try:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from blues.data.merging.merge import merge, open_dataset
 from blues.data.preparing import build as building
 from blues.data.preparing.build import Progress
 from blues.data.reading import sources
+from blues.data.reading.places import Entry
+from blues.data.reading.readers import Part
 from blues.data.storage import versions
 from blues.data.storage.manifest import partial_directory
 from blues.data.storage.store import SPLITS, Store
@@ -276,6 +279,71 @@ def test_an_update_killed_while_it_is_published_is_done_again(raw, tmp_path, mon
     updated = run(raw, tmp_path / "data", "update").store
     assert updated.version == 2
     assert_same(updated, run(raw, tmp_path / "fresh").store)
+
+
+def test_what_another_form_of_dataset_left_half_done_is_begun_anew(raw, tmp_path, monkeypatch):
+    def stop(progress: Progress) -> None:
+        if progress.tasks_done >= 4:
+            raise Interrupt
+
+    def resumed() -> int:
+        states: list[Progress] = []
+        with pytest.raises(Interrupt):
+            run(raw, tmp_path / "data", report=lambda state: states.append(state) or stop(state))
+        return states[0].resumed
+
+    assert (resumed(), resumed()) == (0, 4)
+    for name, value in (("VERSION", building.VERSION + 1), ("tokenizer_fingerprint", lambda _: "another")):
+        monkeypatch.setattr(building, name, value)
+        assert (resumed(), resumed()) == (0, 4), name
+
+
+# What costs nothing.
+
+
+def test_an_update_makes_nothing_of_files_that_did_not_change(raw, tmp_path, monkeypatch):
+    made = []
+
+    def counted(kind):
+        initialize = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *a, **k: made.append(kind) or initialize(self, *a, **k))
+
+    git(raw, "init", "--quiet")
+    for number in range(2):
+        (raw / "f001.py").write_text(f"changed = {number}\n")
+        commit(raw)
+        mode = "update" if number else "prepare"
+        if number:
+            counted(Entry)
+            counted(Part)
+        prepare(sources.plan(raw, commit="HEAD"), tmp_path / "data", TOKENIZER, mode=mode)
+    # The table is looked into for its columns, and the changed file is read.
+    assert made.count(Entry) <= 2 and made.count(Part) <= 2
+
+
+def test_planning_and_updating_import_no_pandas(raw, tmp_path):
+    """It takes longer than the rest of the start."""
+    (raw / "more.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    program = f"""
+import sys
+from blues.cli import main
+from blues.cluster import pool, prepare
+tasks = pool.map_tasks
+prepare.map_tasks = lambda *a, **options: tasks(*a, **options | {{"here": True}})
+words = ["--data-cache-dir", {str(tmp_path / "data")!r}, "--vocab-size", "300"]
+for commit, mode in (("HEAD~1", []), ("HEAD", ["--update"]), ("HEAD~1", ["--update"])):
+    assert main(["prepare", "--input-dir", {str(raw)!r}, "--commit", commit, *words, *mode]) == 0
+assert main(["prepare", "--input-dir", {str(raw)!r}, *words, "--update"]) == 0
+sys.exit("pandas" in sys.modules)
+"""
+    git(raw, "init", "--quiet")
+    for number in range(2):
+        (raw / "f001.py").write_text(f"changed = {number}\n" * 20)
+        commit(raw)
+    (raw / "f002.py").unlink()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Store.open(tmp_path / "data").version == 4
 
 
 # git.

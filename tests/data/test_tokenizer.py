@@ -246,6 +246,14 @@ def test_a_batch_equals_one_by_one_on_every_backend(backend, size, batch):
     assert tokenizer.backend == ("fastokens" if backend == "fast" else backend) and tokenizer.fell_back is None
 
 
+def test_threads_change_no_token_and_no_order():
+    texts = [f"text {number} {'word ' * (number % 50)}" for number in range(300)] + ["a\ud800b", " " * 1_000_001, ""]
+    tokenizer = pickle.loads(pickle.dumps(Tokenizer.Config(vocab_size=4096).build(threads=3)))
+    expected = build(4096).encode_arrays(texts)
+    assert [array.tolist() for array in tokenizer.encode_arrays(texts)] == [array.tolist() for array in expected]
+    assert tokenizer.encode_arrays([]) == []
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tokenizer_travels_as_its_configuration_and_backend(backend):
     tokenizer = build_backend(backend, 300)

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from blues import config as cfg
+from blues.data.storage.arrays import strings, whole_numbers
 from blues.data.storage.manifest import read_regular
 from blues.errors import DataError
 
@@ -123,7 +124,7 @@ class ChunkWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         buffer = pa.BufferOutputStream()
-        pq.write_table(pa.table(self._index, schema=INDEX_SCHEMA), buffer, compression="zstd")
+        pq.write_table(self._index_table(), buffer, compression="zstd")
         index = buffer.getvalue().to_pybytes()
         os.replace(self._temporary, self.directory / self._data_name)
         cfg.write_atomic(self.directory / self._index_name, index)  # its fsync of the folder makes both names durable
@@ -135,6 +136,13 @@ class ChunkWriter:
             data=FileRecord(self._data_name, size, self._hash.hexdigest()),
             index=FileRecord(self._index_name, len(index), xxhash.xxh3_128_hexdigest(index)),
         )
+
+    def _index_table(self) -> pa.Table:
+        columns = (
+            strings(values) if field.type == pa.string() else whole_numbers(np.array(values, dtype="<u8"), field.type)
+            for field, values in zip(INDEX_SCHEMA, self._index.values(), strict=True)
+        )
+        return pa.Table.from_arrays(list(columns), schema=INDEX_SCHEMA)
 
     def abort(self) -> None:
         """Leave nothing behind."""

@@ -157,6 +157,15 @@ def test_equal_contents_have_equal_tokens_and_only_changes_differ(repository):
     assert [part.file for part in after.parts(np.arange(len(new)) == 0)] == ["a.py"]
 
 
+def test_a_listing_is_the_same_in_pieces_of_any_size(repository, monkeypatch):
+    whole = sources.plan(repository, commit="HEAD").listing
+    ids = {line.split()[2] for line in run_git(repository, "ls-tree", "-r", "HEAD").splitlines()}
+    assert set(whole.paths) <= ids and list(whole.names) == sorted(whole.names)
+    for size in (1, 7, 100):
+        monkeypatch.setattr(git, "LISTED_BYTES", size)
+        assert sources.plan(repository, commit="HEAD").listing == whole
+
+
 def test_submodules_and_pointers_are_counted(repository, tmp_path):
     run_git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", f"{repository}/.git", "sub")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"

@@ -147,6 +147,31 @@ def test_equal_contents_have_equal_tokens(tmp_path: Path):
     assert a == b != c and a.startswith("xxh3:")
 
 
+def test_looking_at_all_files_at_once_tells_what_looking_at_each_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number, size in enumerate((0, 1, 99, 100, 101, 200, 1234)):
+        (tmp_path / f"f{number}.py").write_bytes(os.urandom(size))
+    bytes_path(tmp_path, b"caf\xe9.py").write_text("one\n")
+    monkeypatch.setattr(places, "READ_BYTES", 100)
+    place = LocalFiles(tmp_path)
+    listing = place.entries(lambda _: None, Counter())
+    found, contents = place.look(listing)
+    assert found.entries() == [place.entry(path) for path in listing.paths] and len(found) == 8
+    assert contents == [place.content(entry) for entry in found.entries()]
+    again, same = places.Place.look(place, found)
+    assert again.entries() == found.entries() and same == contents
+
+
+def test_a_file_that_became_a_pipe_does_not_hang(tmp_path: Path):
+    (tmp_path / "a.py").write_text("a\n")
+    place = LocalFiles(tmp_path)
+    listing = place.entries(lambda _: None, Counter())
+    (tmp_path / "a.py").unlink()
+    os.mkfifo(tmp_path / "a.py")
+    found, _ = place.look(listing)
+    with pytest.raises(DataError, match="changed while it was being prepared"):
+        place.check(found.entry(0))
+
+
 def test_entries_come_in_the_order_of_their_names(tmp_path: Path):
     names = ["b.py", "a/z.py", "a.py", "a/b/c.py", "a-b.py", "B.py", "é.py", "z/é.py"]
     for name in names:

@@ -7,11 +7,14 @@ import gzip
 import io
 import json
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -242,6 +245,41 @@ def test_plans_do_not_depend_on_place_or_time_but_on_content(tmp_path: Path) -> 
         plans.append(sources.plan(tmp_path / folder / "src"))
     assert plans[0].source == plans[1].source and plans[1].files != plans[2].files
     assert [part.file for part in plans[0].parts()] == ["a.py"]
+
+
+def test_a_plan_holds_its_files_in_columns(tmp_path: Path) -> None:
+    """Equal to what is said of one file after the other."""
+    contents = {"b.py": "b = 1\n", "a/ünï.md": "# a\n", "empty.csv": "", "t.csv": "text\nrow\n", "bad.parquet": "PAR1"}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    plan = sources.plan(tmp_path, max_document_bytes=1 << 20)
+    digest, rows = xxhash.xxh3_128(), []
+    for name in sorted(contents):
+        token = f"xxh3:{xxhash.xxh3_128_hexdigest(contents[name].encode())}"
+        digest.update(f"{name}\0{token}\0".encode())
+        [reading] = [part.reading.described for part in plan.parts() if part.file == name] or [""]
+        rows.append({"file": name, "content": token, "bytes": len(contents[name].encode()), "reading": reading})
+    assert plan.files.to_pylist() == rows and plan.content == digest.hexdigest()
+    assert plan.bytes == sum(row["bytes"] for row in rows)
+    common = '"encoding": "utf-8", '
+    assert [part.reading.described for part in plan.parts()] == [
+        '{"kind": "text", ' + common + '"language": "markdown", "max_document_bytes": 1048576}',
+        '{"kind": "source", ' + common + '"language": "python", "max_document_bytes": 1048576}',
+        '{"kind": "csv", "text_column": "text", ' + common + '"delimiter": ",", "max_document_bytes": 1048576}',
+    ], "what datasets remember must not change"
+    assert [part.file for part in plan.parts(np.array([True, False, True, True, False]))] == ["a/ünï.md"]
+    assert [part.file for task in plan.tasks(np.arange(5) == 4) for part in task] == ["t.csv"]
+    assert plan.ignored == {"empty table": 1} and [row.file for row in plan.rejected] == ["bad.parquet"]
+
+
+def test_files_that_are_read_alike_share_how_they_are_read(tmp_path: Path) -> None:
+    for n in range(5):
+        (tmp_path / f"{n}.py").write_text("a = 1\n")
+        (tmp_path / f"{n}.jsonl").write_text('{"text": "a"}\n')
+    plan = sources.plan(tmp_path)
+    assert len(plan.readings) == 2 and len({id(part.reading) for part in plan.parts()}) == 2
+    assert pickle.loads(pickle.dumps(plan.tasks())) == plan.tasks()
 
 
 def test_a_file_that_changes_while_it_is_prepared_is_refused(tmp_path: Path) -> None:

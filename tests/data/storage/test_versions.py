@@ -16,7 +16,7 @@ from hypothesis import strategies as hyp
 from blues.data.storage import versions
 from blues.data.storage.manifest import MANIFEST, write_checked_json
 from blues.data.storage.store import SPLITS, Store
-from blues.data.storage.versions import PLACE_TYPE, drop_documents, exclusive, places_of, segments_of
+from blues.data.storage.versions import PLACE_TYPE, documents_of, drop_documents, exclusive, places_of, segments_of
 from blues.errors import DataError
 from tests.data.datasets import TOKENIZER, make_store, snapshot
 
@@ -104,8 +104,23 @@ def test_any_documents_can_go_in_any_number_of_steps(tmp_path_factory, data):
         kept = [text for number, text in enumerate(kept) if number not in gone]
         store = drop_documents(store, {"train": gone}, {"kind": "deduplicate"})
         assert texts(store) == kept and store.check() == []
+        places, sources = documents_of(store, "train")
+        assert places.tolist() == one_by_one(store, "train") and sources.to_pylist() == [
+            document.source for document in store.documents("train")
+        ]
     again = Store.open(make_store(store.path.parent / "again", train=[kept]))
     assert again.fingerprint == store.fingerprint, "it follows from the documents, not from how they lie in chunks"
+
+
+def one_by_one(store: Store, split: str) -> list[tuple]:
+    """Where documents lie, with what is known of them: found for one document after the other."""
+    rows = []
+    for number, document in enumerate(store.documents(split)):
+        chunk, row = store.locate(split, number)
+        start = store.index(split, chunk)["end"][row - 1].as_py() if row else 0
+        digest = xxhash.xxh3_64_intdigest(np.ascontiguousarray(document.tokens, dtype="<u4").tobytes())
+        rows.append((chunk, row, start, len(document.tokens), document.text_bytes, digest))
+    return rows
 
 
 def test_segments_join_neighbours_and_keep_any_order():
