@@ -53,6 +53,22 @@ def test_preparing_counts_the_same_tokens_as_the_tokenizer_alone(words, tmp_path
     assert differing["met"]
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_an_update_comes_to_what_preparing_anew_comes_to(words, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        for number in range(60):
+            (folder / f"{number}.py").write_text(f"def {folder.name}():\n    return {number}\n" * 20)
+    assert main([*words, "--only", "incremental", "--corpus", *map(str, folders)]) == 0
+    tree = json.loads((tmp_path / "r.json").read_text())
+    assert tree["groups"]["incremental"]["files"] == 120  # of both folders
+    assert all(len(measurement["runs"]) == 1 for measurement in tree["measurements"])
+    [differing] = [figure for figure in tree["figures"] if figure["name"].startswith("fingerprints")]
+    assert differing["met"]
+
+
 def test_a_group_that_fails_stops_no_other_and_ctrl_c_keeps_what_was_measured(words, tmp_path, capsys, monkeypatch):
     def measured(setting):
         setting.bench.begin("good", "works")

@@ -12,7 +12,7 @@ from blues.data.storage.store import Store
 from tuning.benchmarks.bench import Call, Probe
 from tuning.benchmarks.data import repository as repo
 from tuning.benchmarks.data.kept import kept
-from tuning.benchmarks.data.setting import Setting
+from tuning.benchmarks.data.setting import Setting, settle
 from tuning.benchmarks.record import Measurement, Spread, ratio
 
 GROUP = "incremental"
@@ -38,7 +38,7 @@ def measure(setting: Setting) -> None:
     first = _inside(setting, made, old, "prepare", commit=made.before)
     kept(old, request, lambda _: bench.call(first), say=bench.say)
     again, still = partial(_copy, old, new), partial(_copy, old, same)
-    remove = partial(shutil.rmtree, anew, ignore_errors=True)
+    remove = partial(_remove, anew)
     idle = _inside(setting, made, same, "update", commit=made.before, makes=False)
     probe = partial(_probe, setting)
     done = bench.measure(
@@ -58,6 +58,12 @@ def measure(setting: Setting) -> None:
 def _copy(dataset: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(dataset, target)
+    settle()
+
+
+def _remove(target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    settle()
 
 
 def _probe(setting: Setting, name: str, call: Call, note: str, before: Callable[[], object]) -> Probe:

@@ -10,7 +10,7 @@ from typing import Any
 from blues.data import tokenizer as tok
 from tuning.benchmarks.bench import Probe
 from tuning.benchmarks.data import corpus as corp
-from tuning.benchmarks.data.setting import MB, Setting, files_below, warm
+from tuning.benchmarks.data.setting import MB, Setting, files_below, settle, warm
 from tuning.benchmarks.record import Measurement, Spread, ratio
 
 GROUP = "prepare"
@@ -56,6 +56,7 @@ def _command(setting: Setting, name: str, corpus: corp.Corpus, options: list[str
 def _ready(output: Path, corpus: corp.Corpus) -> None:
     """Nothing of an earlier run is there, finished or begun, and the text lies in the page cache for everybody."""
     shutil.rmtree(output, ignore_errors=True)
+    settle()
     warm(files_below(corpus.path))
 
 

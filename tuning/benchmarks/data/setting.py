@@ -191,6 +191,11 @@ class Setting:
             )
 
 
+def settle() -> None:
+    """Have everything written that waits for it: what earlier work left is not to slow down what is measured next."""
+    os.sync()
+
+
 def warm(files: Sequence[str]) -> None:
     """Read files once, so that they lie in the page cache (as far as it is large enough)."""
     buffer = bytearray(READ_BYTES)
