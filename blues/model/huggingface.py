@@ -31,7 +31,7 @@ from blues.config import write_atomic
 from blues.data.tokenizer import Tokenizer
 from blues.errors import CheckpointError, ConfigError
 from blues.model.attention.layer import Attention
-from blues.model.attention.patterns import Causal
+from blues.model.attention.patterns import AttentionPattern, Causal, SlidingWindow
 from blues.model.huggingface_tokenizer import tokenizer_files
 from blues.model.moe.layer import MoE
 from blues.model.moe.routers import NoisyTopK, SoftmaxTopK
@@ -236,7 +236,10 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
     cannot = "Qwen3-MoE cannot express it, so this model cannot be exported"
     if not attention.qk_norm:
         raise ConfigError(f"attention.qk_norm=false: {cannot}")
-    if type(attention.pattern) is not Causal.Config:
+    patterns = [attention.for_layer(layer).pattern.build() for layer in range(config.num_layers)]
+    windows = {pattern.window() for pattern in patterns}
+    window = windows.pop()
+    if windows or window is None:
         raise ConfigError(f"attention.pattern={attention.pattern._variant}: {cannot}")
     if not isinstance(attention.rope, PlainRotary.Config):
         raise ConfigError(f"attention.rope={attention.rope._variant}: {cannot}")
@@ -263,7 +266,9 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
+        "use_sliding_window": window[0] >= 0,
+        "sliding_window": window[0] + 1 if window[0] >= 0 else None,  # a token counts as one of its window, as in Blues
+        "max_window_layers": 0,  # that is, from the first layer on
         "num_experts": moe.num_experts if moe else 0,
         "num_experts_per_tok": moe.top_k if moe else 0,
         "moe_intermediate_size": moe.ffn_dim if moe else config.ffn_dim,
@@ -280,6 +285,13 @@ def _renormalizes(moe: MoE.Config) -> bool:
     return not isinstance(moe.router, SoftmaxTopK.Config) or moe.router.renormalize
 
 
+def _pattern_from_huggingface(values: Mapping[str, Any]) -> AttentionPattern.Config:
+    """Qwen3-MoE gives every layer the same window, whatever `max_window_layers` says."""
+    if not values.get("use_sliding_window", False):
+        return Causal.Config()
+    return SlidingWindow.Config(window=values["sliding_window"])
+
+
 def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config:
     values = dict(hf_config)
     if values.get("model_type") != MODEL_TYPE:
@@ -291,7 +303,7 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
     refused = {
         "attention_bias": values.get("attention_bias", False),
         "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "use_sliding_window": values.get("use_sliding_window", False),
+        "sliding_window": values.get("use_sliding_window", False) and not values.get("sliding_window"),
         "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "mlp_only_layers": bool(dense),
         "norm_topk_prob": experts > 0 and top_k == 1 and values.get("norm_topk_prob", False),
@@ -316,6 +328,7 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
                 num_kv_heads=values["num_key_value_heads"],
                 head_dim=head_dim,
                 rope=PlainRotary.Config(theta=float(theta)),
+                pattern=_pattern_from_huggingface(values),
             ),
             "moe": None,
         }

@@ -12,9 +12,13 @@ from blues.errors import CheckpointError, ConfigError
 from blues.model.huggingface import export_huggingface, from_huggingface, import_huggingface, to_huggingface
 from blues.model.moe.routing import Router
 from blues.model.transformer import Transformer
+from tests.model.attention.patterns import ALL, name_of
 from tests.model.examples import lively, small, tokens
 
 TINY_TOKENIZER = Tokenizer(Tokenizer.Config(vocab_size=300))
+
+
+WINDOWS = [config for config in ALL if config.build().for_layer(0).window() and config._variant != "by_layer"]
 
 
 def oracle_of(model, **changes):
@@ -59,6 +63,7 @@ SHAPES = {
     "switch": {"moe__top_k": 1, "moe__router": "softmax_top_k"},
     "probabilities": {"moe__router": {"variant": "softmax_top_k", "renormalize": False}},
     "dense": {"moe": None},
+    "window": {"attention__pattern": {"variant": "sliding_window", "window": 5}},
 }
 
 
@@ -200,6 +205,23 @@ def test_routers_that_qwen3_moe_does_not_know_are_refused(variant):
     model = small(moe__router=variant).build()
     with pytest.raises(ConfigError, match=f"moe.router={variant}: Qwen3-MoE cannot express it"):
         to_huggingface(model.config, model.state_dict())
+
+
+@pytest.mark.parametrize("config", [config for config in ALL if config not in WINDOWS], ids=name_of)
+def test_patterns_that_qwen3_moe_does_not_know_are_refused(config):
+    config = small().replace(attention=small().attention.replace(pattern=config))
+    with pytest.raises(ConfigError, match=f"attention.pattern={config.attention.pattern._variant}: Qwen3-MoE cannot"):
+        to_huggingface(config, config.build().state_dict())
+
+
+@pytest.mark.parametrize("config", WINDOWS, ids=name_of)
+def test_windows_survive_the_journey(config):
+    config = small().replace(attention=small().attention.replace(pattern=config))
+    model = lively(config.build()).eval()
+    back, state = from_huggingface(*to_huggingface(config, model.state_dict()))
+    other = back.build().eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(tokens(model)).logits_BTV, model(tokens(model)).logits_BTV)
 
 
 def test_layers_of_different_numbers_of_experts_are_refused():
