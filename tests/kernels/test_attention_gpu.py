@@ -10,7 +10,8 @@ import warnings
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch._inductor.utils import run_and_get_code
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from blues.kernels.attention import BACKENDS, Situation, attention_naive, capability_of, choose, form_of, supports
 from tests.kernels.gpu import CUDA, NEEDS_CUDA, assert_as_good_as_naive, poison
@@ -107,6 +108,22 @@ def test_decoding(backend, T, window):
         exact, naive = (attention_naive(*(x.to(d) for x in given), sight) for d in (torch.float32, torch.bfloat16))
         poison()
         assert_as_good_as_naive([attend(*given, sight)], [naive], [exact], ["out"])
+
+
+def test_flex_decodes_with_the_kernel_that_splits_the_keys():
+    """By what torch generates. For 12 heads on one, which are not a power of two, it takes the other one."""
+    q, k, v = inputs(1, 1000)
+
+    def unpadded(q, k, v, sight):
+        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        return compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)
+
+    splits = []
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        for function in (BACKENDS["flex"].attend, unpadded):
+            _, code = run_and_get_code(function, q, k, v, See())
+            splits.append(any("SPLIT_KV" in text for text in code))
+    assert splits == [True, False]
 
 
 @pytest.mark.parametrize("T", [17, 128, 1000])
