@@ -87,6 +87,7 @@ class Transformer(nn.Module, cfg.Configurable):
                     f"{len(self.experts_per_layer)}"
                 )
             self.attention.pattern.build().check(self.attention.num_heads, self.num_layers)
+            self.attention.rope.build(head_dim=self.attention.head_dim, max_seq_len=self.max_seq_len)
 
     config: Config
 
@@ -117,7 +118,9 @@ class Transformer(nn.Module, cfg.Configurable):
         self.head = None
         if not config.tie_embeddings:
             self.head = Linear(config.dim, config.vocab_size, std=std, generator=generator)
-        self.rope: RotaryEmbedding = config.attention.rope.build(head_dim=config.attention.head_dim)
+        self.rope: RotaryEmbedding = config.attention.rope.build(
+            head_dim=config.attention.head_dim, max_seq_len=config.max_seq_len
+        )
         self.pattern: AttentionPattern = config.attention.pattern.build()
         self.block_masks = BlockMasks()
 
@@ -208,7 +211,7 @@ class Transformer(nn.Module, cfg.Configurable):
         """`x_BTD` after the final norm, and the routing of every mixture layer. Arguments as in `forward`."""
         attention = self.config.attention
         views = make_views(
-            [(self.rope, layer.pattern) for layer in self.attentions],
+            [(self.rope if layer.rotates else None, layer.pattern) for layer in self.attentions],
             length=tokens_BT.shape[1],
             device=tokens_BT.device,
             past=None if cache is None else cache.length,

@@ -28,7 +28,7 @@ from blues.model.attention.patterns import AdaptiveWindow, AttentionPattern, Cau
 from blues.model.attention.precision import Wanted
 from blues.model.attention.span import LearnedSpan
 from blues.model.layers import Linear, RMSNorm
-from blues.model.rope import PlainRotary, RotaryEmbedding, Rotation, rotate
+from blues.model.rope import NoPE, PlainRotary, RotaryEmbedding, Rotation, rotate
 
 WITHOUT_BIAS = ("flex", "flash2", "flash4", "sdpa_flash", "sdpa_cudnn")
 """Backends that read no bias, or give it no gradient, on any device."""
@@ -76,6 +76,8 @@ class Places(NamedTuple):
     """Whether queries and keys are the same tokens."""
     documents_BT: Tensor | None
     tree: TokenTree | None
+    length: int | None
+    """Above every position; None if only the device knows."""
 
 
 def make_view(
@@ -143,8 +145,8 @@ def make_views(
     views: dict[tuple[RotaryEmbedding | None, AttentionPattern], View] = {}
     for rope, pattern in layers:
         if rope is not None and rope not in rotations:
-            queries = rope(places.query_positions_BT)
-            rotations[rope] = queries, queries if places.is_whole else rope(places.key_positions_BS)
+            queries = rope(places.query_positions_BT, places.length)
+            rotations[rope] = queries, queries if places.is_whole else rope(places.key_positions_BS, places.length)
         if pattern not in sights:
             sights[pattern] = _sight(pattern, places, num_heads, block_masks)
         if (rope, pattern) not in views:
@@ -174,7 +176,8 @@ def _places(
             f"tree: has {tree.tin_BS.shape[1]} and {tree.tout_BS.shape[1]} tokens per row, needs one for each of the "
             f"{keys_BS.shape[1]} tokens so far, those in the cache included"
         )
-    return Places(positions_BT, keys_BS, follows, is_whole, documents_BT, tree)
+    known = None if past is None and not follows else start + length
+    return Places(positions_BT, keys_BS, follows, is_whole, documents_BT, tree, known)
 
 
 def _sight(pattern: AttentionPattern, places: Places, num_heads: int, block_masks: BlockMasks | None) -> View:
@@ -230,6 +233,8 @@ class Attention(nn.Module, cfg.Configurable):
         head_dim: int = 64
         qk_norm: bool = True
         rope: RotaryEmbedding.Config = PlainRotary.Config()
+        rope_layers: str = "R"
+        """Which layers rotate: a cycle of R (yes) and N (no: NoPE), e.g. RRRN (RNoPE, arXiv 2501.18795)."""
         pattern: AttentionPattern.Config = Causal.Config()
         backend: Backend = "auto"
         precision: Wanted = "auto"
@@ -242,6 +247,13 @@ class Attention(nn.Module, cfg.Configurable):
                 raise ConfigError(f"num_kv_heads: must divide num_heads ({self.num_heads}), got {self.num_kv_heads}")
             if self.head_dim % 2:
                 raise ConfigError(f"head_dim: must be even for rotary embeddings, got {self.head_dim}")
+            if set(self.rope_layers) - {"R", "N"} or "R" not in self.rope_layers:
+                raise ConfigError(
+                    f"rope_layers: must be a cycle of R and N with an R in it, e.g. RRRN, got {self.rope_layers!r}; "
+                    "rope=nope rotates no layer"
+                )
+            if isinstance(self.rope, NoPE.Config) and self.rope_layers != "R":
+                raise ConfigError(f"rope_layers: {self.rope_layers} has no meaning with rope=nope; leave it at R")
             if self.backend in WITHOUT_BIAS and self.pattern.build().is_soft:
                 raise ConfigError(
                     f"backend: {self.backend} has no gradient to the learned spans of pattern=adaptive_window; set it "
@@ -249,8 +261,13 @@ class Attention(nn.Module, cfg.Configurable):
                 )
 
         def for_layer(self, layer: int) -> Attention.Config:
-            """The settings of this layer (from 0): its own pattern in the place of one that depends on the layer."""
-            return self.replace(pattern=self.pattern.build().for_layer(layer).config)
+            """The settings of this layer (from 0): its own pattern and rope in the place of those for all layers."""
+            rotates = self.rope_layers[layer % len(self.rope_layers)] == "R"
+            return self.replace(
+                pattern=self.pattern.build().for_layer(layer).config,
+                rope=self.rope if rotates else NoPE.Config(),
+                rope_layers="R",
+            )
 
         def reads_block_masks(self, device: torch.device) -> bool:
             """Whether attention on `device` may run on FlexAttention, which reads block masks."""
@@ -274,6 +291,7 @@ class Attention(nn.Module, cfg.Configurable):
         self.query_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_dim, eps=norm_eps) if config.qk_norm else None
         self.pattern: AttentionPattern = config.pattern.build()
+        self.rotates = not isinstance(config.rope, NoPE.Config)
         self.span: LearnedSpan | None = None
         if isinstance(config.pattern, AdaptiveWindow.Config):
             self.span = LearnedSpan(config.pattern, config.num_heads)

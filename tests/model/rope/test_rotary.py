@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blues.errors import ConfigError
@@ -13,6 +13,7 @@ def vectors(n, seed=0):
     return torch.randn(1, n, 1, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
 def test_scores_depend_on_the_distance_alone(first, second, shift):
     q, k = vectors(2).split(1, dim=1)
