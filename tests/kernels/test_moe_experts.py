@@ -9,13 +9,18 @@ from blues.kernels.moe_experts import (
     EXPERTS,
     count_per_expert,
     experts_grouped_mm,
+    experts_grouped_mm_trimmed,
     experts_naive,
     experts_sorted,
     resolve,
     sort_by_expert,
 )
 
-FAST = [(experts_sorted, torch.float64), (experts_grouped_mm, torch.float32)]  # grouped_mm has no float64
+FAST = [  # grouped_mm has no float64
+    (experts_sorted, torch.float64),
+    (experts_grouped_mm, torch.float32),
+    (experts_grouped_mm_trimmed, torch.float32),
+]
 TOLERANCE = {
     torch.float64: {"atol": 1e-12, "rtol": 1e-10},
     torch.float32: {"atol": 1e-5, "rtol": 1e-5},
@@ -112,7 +117,8 @@ def test_slots_without_an_expert_add_nothing_forward_and_gradient(function, dtyp
     torch.testing.assert_close(fast[0], kept, **TOLERANCE[dtype])
 
 
-def test_what_grouped_mm_leaves_behind_the_last_group_reaches_nothing(monkeypatch):
+@pytest.mark.parametrize("function", [experts_grouped_mm, experts_grouped_mm_trimmed])
+def test_what_grouped_mm_leaves_behind_the_last_group_reaches_nothing(monkeypatch, function):
     """Rows that it does not compute hold whatever lay in memory: here, not-a-numbers, in both directions."""
     original = F.grouped_mm
 
@@ -137,7 +143,7 @@ def test_what_grouped_mm_leaves_behind_the_last_group_reaches_nothing(monkeypatc
     monkeypatch.setattr(F, "grouped_mm", grouped_mm)
     x, ids, weights, gate_up, down = inputs(dtype=torch.float32, T=24, K=3)
     ids = ids.masked_fill(torch.rand(ids.shape) < 0.5, 4)
-    fast = with_gradients(experts_grouped_mm, x, ids, weights, gate_up, down)
+    fast = with_gradients(function, x, ids, weights, gate_up, down)
     for a, b in zip(fast, with_gradients(experts_naive, x, ids, weights, gate_up, down), strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE[torch.float32])
 
@@ -175,7 +181,7 @@ def test_sorting_is_a_stable_permutation_with_its_inverse(ids):
 
 def test_auto_on_the_cpu_is_sorted_and_impossible_choices_are_refused():
     cpu = torch.device("cpu")
-    assert resolve("auto", cpu, torch.float32) == "sorted"
+    assert resolve("auto", cpu, torch.float32) == resolve("auto", cpu, torch.float32, empty_slots=True) == "sorted"
     assert resolve("grouped_mm", cpu, torch.float32) == "grouped_mm"
     with pytest.raises(ConfigError, match=r"grouped_mm has no float64.*dispatch=sorted"):
         resolve("grouped_mm", cpu, torch.float64)

@@ -16,7 +16,7 @@ from blues.kernels.moe_experts import EXPERTS, resolve
 from blues.kernels.precision import matmul_dtype
 from blues.model.moe.routing import Routing
 
-Dispatch = Literal["auto", "naive", "sorted", "grouped_mm"]
+Dispatch = Literal["auto", "naive", "sorted", "grouped_mm", "grouped_mm_trimmed"]
 
 
 class Experts(nn.Module):
@@ -30,12 +30,14 @@ class Experts(nn.Module):
         ffn_dim: int,
         num_experts: int,
         dispatch: Dispatch,
+        empty_slots: bool = False,
         std: float,
         output_std: float,
         generator: torch.Generator,
     ) -> None:
+        """`empty_slots`: see `Router.empty_slots`."""
         super().__init__()
-        self.dispatch = dispatch
+        self.dispatch, self.empty_slots = dispatch, empty_slots
         self.num_experts = num_experts
         self.gate_up_EGD = nn.Parameter(torch.empty(num_experts, 2 * ffn_dim, dim))
         self.down_EDF = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))
@@ -44,5 +46,13 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """(T, D) -> (T, D). Slots whose id is num_experts or more add nothing."""
-        experts = EXPERTS[resolve(self.dispatch, x_TD.device, matmul_dtype(x_TD))]
+        experts = EXPERTS[self.backend(x_TD.device, matmul_dtype(x_TD))]
         return experts(x_TD, routing.ids_TK, routing.weights_TK, self.gate_up_EGD, self.down_EDF)
+
+    def backend(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The kernel that runs for products of `dtype` on `device`.
+
+        Raises:
+            ConfigError: the one that was asked for by name cannot run there.
+        """
+        return resolve(self.dispatch, device, dtype, empty_slots=self.empty_slots)

@@ -60,6 +60,7 @@ class MoE(nn.Module, cfg.Configurable):
             ffn_dim=config.ffn_dim,
             num_experts=config.num_experts,
             dispatch=config.dispatch,
+            empty_slots=self.router.empty_slots,
             std=std,
             output_std=output_std,
             generator=generator,

@@ -48,6 +48,8 @@ class Router(nn.Module, cfg.Configurable, family="router"):
 
     balanced_by: ClassVar[Literal["loss", "itself"]] = "loss"
     """Whether the load-balancing loss applies. "itself": its weight counts as 0, the figure is still reported."""
+    empty_slots: ClassVar[bool] = False
+    """Whether a routing has many more slots than experts chosen; kernels then leave their rows out, at a wait."""
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ def choose(logits_TE: Tensor, noisy_TE: Tensor, top_k: int) -> Routing:
 def slots(chosen_TE: Tensor, weights_TE: Tensor) -> tuple[Tensor, Tensor]:
     """`weights_TE, ids_TE`: one slot for each expert, left empty (weight 0, id E) where `chosen_TE` is False.
 
-    Tokens may so have any number of experts; the kernels compute chosen slots only, but hold a row for every slot.
+    Tokens may so have any number of experts; the kernels compute chosen slots only (`Router.empty_slots`).
     """
     num_experts = chosen_TE.shape[1]
     experts_E = torch.arange(num_experts, device=chosen_TE.device)

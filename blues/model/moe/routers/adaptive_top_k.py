@@ -27,6 +27,8 @@ class AdaptiveTopK(LinearRouter, variant="adaptive_top_k"):
     loss (the paper's 1e-4; 0 for none). moe.top_k is only what the number of active parameters is reckoned with.
     """
 
+    empty_slots = True
+
     @cfg.configclass
     class Config(Router.Config):
         p: float = 0.4

@@ -26,6 +26,7 @@ class CutoffRouter(LinearRouter):
     """The moving average and how it adapts; members say what is compared with it."""
 
     balanced_by = "itself"
+    empty_slots = True
 
     @cfg.configclass
     class Config(Router.Config):

@@ -27,7 +27,6 @@ class ExpertChoice(CutoffRouter, variant="expert_choice"):
 
     In evaluation and generation a causal rule stands in its place: a token goes to every expert for which its
     probability is at least the moving average of the expert's cut-off in training. Validation losses are of that rule.
-    The kernels hold a row for each of the E slots of a token.
     """
 
     def __init__(self, config: CutoffRouter.Config, **runtime: Any) -> None:

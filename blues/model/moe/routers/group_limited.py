@@ -55,14 +55,15 @@ class GroupLimited(SigmoidBias, variant="group_limited"):
                 f"{num_experts} experts hold {room}; every group needs one, and the chosen ones moe.top_k ({top_k}); "
                 "lower moe.router.num_groups or raise moe.router.top_groups"
             )
-        self._members = members
+        self.smallest = sizes[0]
 
     def choose(self, biased_TE: Tensor) -> Tensor:
-        members_E = torch.tensor(self._members, device=biased_TE.device)
+        experts_E = torch.arange(self.num_experts, device=biased_TE.device)
+        members_E = experts_E * self.config.num_groups // self.num_experts
         groups_N = torch.arange(self.config.num_groups, device=biased_TE.device)
         member_NE = members_E == groups_N[:, None]
         scores_TNE = biased_TE[:, None].masked_fill(~member_NE, -torch.inf)
-        best_two = scores_TNE.topk(min(2, min(map(self._members.count, self._members))), dim=-1).values
+        best_two = scores_TNE.topk(min(2, self.smallest), dim=-1).values
         groups_TG = best_two.sum(dim=-1).topk(self.config.top_groups, dim=-1).indices
         inside_TE = (members_E[:, None] == groups_TG[:, None]).any(dim=-1)
         return biased_TE.masked_fill(~inside_TE, -torch.inf).topk(self.top_k, dim=-1).indices

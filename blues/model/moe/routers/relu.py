@@ -25,10 +25,11 @@ class ReLURouter(LinearRouter, variant="relu"):
     strength * sum_e f_e * (mean gate of e), where f_e is e's load over the mean load that k experts a token would give
     so that busy experts are pushed back most. After every update the strength grows by the factor `growth` if more than
     k of E gates are open, and shrinks by it if fewer; here in each layer for itself, in the paper for all layers
-    together. Training starts with about half of all experts open. The kernels hold a row for each of the E slots.
+    together. Training starts with about half of all experts open.
     """
 
     balanced_by = "itself"
+    empty_slots = True
 
     @cfg.configclass
     class Config(Router.Config):

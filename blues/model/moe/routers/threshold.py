@@ -20,7 +20,7 @@ class ExpertThreshold(CutoffRouter, variant="threshold"):
     A token goes to every expert for which its logit is above the expert's threshold, with the sigmoid of the logit as
     weight: k experts in the mean, none or many for some. The threshold follows the logit above which k of E tokens lie,
     in training and in evaluation alike; no token's experts depend on another token of its batch. Until the first update
-    the threshold is 0. The kernels hold a row for each of the E slots of a token.
+    the threshold is 0.
     """
 
     def start(self) -> float:

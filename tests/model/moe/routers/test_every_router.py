@@ -102,7 +102,7 @@ def test_statistics_have_one_size_and_add_up(variant):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_every_parameter_has_a_gradient_and_dispatches_agree(variant, gradient_checkpointing):
     ids, results = token_ids(small().build()), []
-    for dispatch in ("naive", "sorted", "grouped_mm"):
+    for dispatch in ("naive", "sorted", "grouped_mm", "grouped_mm_trimmed"):
         model = model_of(variant, moe__dispatch=dispatch, gradient_checkpointing=gradient_checkpointing)
         torch.manual_seed(5)
         output = model(ids[:, :-1], ids[:, 1:], progress=0.5)
