@@ -19,6 +19,10 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=20, metavar="N", help="calls of a round; their median counts")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the queries, keys and values")
     args = parser.parse_args()
+    if args.repeat < 1 or args.calls < 1:
+        parser.error(f"--repeat and --calls must be at least 1, got {args.repeat} and {args.calls}")
+    if not torch.cuda.is_available():
+        parser.error("attention is measured on a CUDA device, and torch finds none here")
     record = Record(Path(args.output), vars(args))
     try:
         measure(record, SHAPES, device=torch.device("cuda"), repeat=args.repeat, calls=args.calls, seed=args.seed)

@@ -65,8 +65,7 @@ def measure(
         record.groups[shape.name] = {"title": title, "accelerator": _accelerator(device), "load": os.getloadavg()}
         _measure(record, shape, Given.draw(shape, device, dtype, seed), repeat, calls)
         record.save()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _free(device)
 
 
 def _measure(record: Record, shape: Shape, given: Given, repeat: int, calls: int) -> None:
@@ -131,6 +130,7 @@ def _compare(runner: Runner, given: Given, shape: Shape) -> None:
             made += torch.autograd.grad(out_BTHC, given.inputs, given.dout_BTHC)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # what the kernels' packages raise
         runner.measurement.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        _free(given.q_BTHC.device)
         return
     runner.errors = tuple(
         ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(made, given.expected, strict=True)
@@ -187,6 +187,12 @@ def _conclude(record: Record, shape: Shape, agreeing: Sequence[Measurement]) -> 
         fastest = min(peers, key=lambda name: spreads[name].mean)
         name = f"time of {chosen} for one of the fastest, {fastest} ({metric})"
         record.figures.append(Figure(shape.name, name, ratio(spreads[chosen], spreads[fastest]), "", at_most=1.05))
+
+
+def _free(device: torch.device) -> None:
+    """Give memory back that the next one needs in larger pieces."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _accelerator(device: torch.device) -> str:

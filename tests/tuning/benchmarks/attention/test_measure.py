@@ -7,6 +7,7 @@ import torch
 from blues.kernels.attention import BACKENDS, attention_naive, dense_mask
 from tuning.benchmarks.attention import SHAPES, Shape, measure
 from tuning.benchmarks.attention import shapes as shapes_module
+from tuning.benchmarks.attention.__main__ import main
 from tuning.benchmarks.attention.shapes import Given
 from tuning.benchmarks.record import Record
 
@@ -73,3 +74,12 @@ def test_the_shapes_are_those_of_the_published_figures():
         "decoding, causal, B=1 T=1 after S=32768",
         "decoding, causal, B=64 T=1 after S=2048",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_the_command_says_what_it_needs(monkeypatch, capsys):
+    for arguments, said in (([], "measured on a CUDA device"), (["--repeat", "0"], "must be at least 1, got 0 and 20")):
+        monkeypatch.setattr("sys.argv", ["attention", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        assert said in capsys.readouterr().err
