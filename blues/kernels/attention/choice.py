@@ -4,8 +4,8 @@ In: a name (or "auto") and a `Situation`. Out: the name of the implementation, o
 that was asked for cannot. Nothing is ever replaced in silence: a named one runs or raises.
 
 ORDER is by measurement. Milliseconds on one H100 80GB, torch 2.11, 12 query heads on 1 KV head of 64, bfloat16, forward
-and backward (forward alone): causal with B=8, T=4096; causal with B=1, T=32768; a window of 1024 in B=1, T=32768. They
-are the peers' figures of the attention benchmark, `python -m tuning.benchmarks.attention`, which makes them anew.
+and backward (forward alone): causal with B=8, T=4096; causal with B=1, T=32768; a window of 1024 in B=1, T=32768.
+Medians of 2026-11-24, the kernels called directly; `python -m tuning.benchmarks.attention` makes them anew.
 
     flash4         1.86 (0.55)    10.7 (3.1)    1.31 (0.41)    flash-attn-4 4.0.0b36
     sdpa_cudnn     2.03 (0.53)    13.4 (3.5)    -
