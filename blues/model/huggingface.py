@@ -35,7 +35,8 @@ from blues.model.attention.patterns import AttentionPattern, Causal, SlidingWind
 from blues.model.huggingface_tokenizer import tokenizer_files
 from blues.model.moe.layer import MoE
 from blues.model.moe.routers import NoisyTopK, SoftmaxTopK
-from blues.model.rope import PlainRotary
+from blues.model.rope import DynamicNTK, RotaryEmbedding
+from blues.model.rope.huggingface import from_rope_parameters, to_rope_parameters
 from blues.model.transformer import Transformer, is_mixture
 
 MODEL_TYPE = "qwen3_moe"
@@ -241,12 +242,13 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
     window = windows.pop()
     if windows or window is None:
         raise ConfigError(f"attention.pattern={attention.pattern._variant}: {cannot}")
-    if not isinstance(attention.rope, PlainRotary.Config):
-        raise ConfigError(f"attention.rope={attention.rope._variant}: {cannot}")
+    if attention.rope_layers != "R":
+        raise ConfigError(f"attention.rope_layers={attention.rope_layers}: {cannot}")
     if moe is not None and not isinstance(moe.router, (NoisyTopK.Config, SoftmaxTopK.Config)):
         raise ConfigError(f"moe.router={moe.router._variant}: {cannot}")
     if config.experts_per_layer is not None:
         raise ConfigError(f"experts_per_layer={list(config.experts_per_layer)}: {cannot}")
+    rope: RotaryEmbedding = attention.rope.build(head_dim=attention.head_dim, max_seq_len=config.max_seq_len)
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -257,10 +259,9 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
-        "max_position_embeddings": config.max_seq_len,
+        "max_position_embeddings": rope.original_length if isinstance(rope, DynamicNTK) else config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": attention.rope.theta,  # read by transformers 4 and serving engines
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.theta},  # by transformers 5
+        **_rope_to_huggingface(rope),
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "hidden_act": "silu",
@@ -281,6 +282,14 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
     }
 
 
+def _rope_to_huggingface(rope: RotaryEmbedding) -> dict[str, Any]:
+    """As transformers 5 reads it, and as transformers 4 and serving engines do."""
+    parameters = to_rope_parameters(rope)
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    older = {"rope_scaling": scaling} if parameters["rope_type"] != "default" else {}
+    return {"rope_theta": parameters["rope_theta"], "rope_parameters": parameters, **older}
+
+
 def _renormalizes(moe: MoE.Config) -> bool:
     return not isinstance(moe.router, SoftmaxTopK.Config) or moe.router.renormalize
 
@@ -296,7 +305,6 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
     values = dict(hf_config)
     if values.get("model_type") != MODEL_TYPE:
         raise ConfigError(f"config.json: model_type is {values.get('model_type')!r}; Blues reads {MODEL_TYPE!r} only")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     experts = values.get("num_experts", values.get("num_local_experts", 0))
     dense = set(values.get("mlp_only_layers") or ())
     top_k = values.get("num_experts_per_tok", 0)
@@ -304,21 +312,20 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
         "attention_bias": values.get("attention_bias", False),
         "hidden_act": values.get("hidden_act", "silu") != "silu",
         "sliding_window": values.get("use_sliding_window", False) and not values.get("sliding_window"),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "mlp_only_layers": bool(dense),
         "norm_topk_prob": experts > 0 and top_k == 1 and values.get("norm_topk_prob", False),
     }
     for name, bad in refused.items():
         if bad:
-            raise ConfigError(f"config.json: Blues cannot express {name}={values.get(name, rope)!r}")
+            raise ConfigError(f"config.json: Blues cannot express {name}={values.get(name)!r}")
     try:
-        theta = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+        rope, max_seq_len = from_rope_parameters(values)
         head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         tree: dict[str, Any] = {
             "vocab_size": values["vocab_size"],
             "dim": values["hidden_size"],
             "num_layers": values["num_hidden_layers"],
-            "max_seq_len": values["max_position_embeddings"],
+            "max_seq_len": max_seq_len,
             "ffn_dim": values["intermediate_size"],
             "norm_eps": values["rms_norm_eps"],
             "tie_embeddings": values["tie_word_embeddings"],
@@ -327,7 +334,7 @@ def _config_from_huggingface(hf_config: Mapping[str, Any]) -> Transformer.Config
                 num_heads=values["num_attention_heads"],
                 num_kv_heads=values["num_key_value_heads"],
                 head_dim=head_dim,
-                rope=PlainRotary.Config(theta=float(theta)),
+                rope=rope,
                 pattern=_pattern_from_huggingface(values),
             ),
             "moe": None,

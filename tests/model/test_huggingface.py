@@ -11,6 +11,7 @@ from blues.data.tokenizer import Tokenizer
 from blues.errors import CheckpointError, ConfigError
 from blues.model.huggingface import export_huggingface, from_huggingface, import_huggingface, to_huggingface
 from blues.model.moe.routing import Router
+from blues.model.rope import PlainRotary
 from blues.model.transformer import Transformer
 from tests.model.attention.patterns import ALL, name_of
 from tests.model.examples import lively, small, tokens
@@ -18,7 +19,8 @@ from tests.model.examples import lively, small, tokens
 TINY_TOKENIZER = Tokenizer(Tokenizer.Config(vocab_size=300))
 
 
-WINDOWS = [config for config in ALL if config.build().for_layer(0).window() and config._variant != "by_layer"]
+UNIFORM = [{config.build().for_layer(layer).window() for layer in range(2)} for config in ALL]
+WINDOWS = [config for config, windows in zip(ALL, UNIFORM, strict=True) if len(windows - {None}) == len(windows) == 1]
 
 
 def oracle_of(model, **changes):
@@ -117,6 +119,51 @@ def test_there_and_back_gives_the_same_model(shape, fused):
     if config.moe is not None:
         config = config.override({"moe.router": cfg.dump(model.config.moe.router)})
     assert config == model.config
+
+
+ROPES = {
+    "linear": {"variant": "linear", "factor": 4.0},
+    "ntk": {"variant": "ntk", "factor": 4.0},
+    "dynamic_ntk": {"variant": "dynamic_ntk", "factor": 4.0, "original_length": 16},
+    "yarn": {"variant": "yarn", "factor": 4.0, "original_length": 16},
+    "longrope": {"variant": "longrope", "factor": 4.0, "original_length": 16, "long_factor": [1.0, 1.5, 2.5, 4.0]},
+    "llama3": {"variant": "llama3", "factor": 4.0, "original_length": 16},
+    "base_change": {"variant": "base_change", "theta": 50_000.0},
+    "p_rope": {"variant": "p_rope", "fraction": 0.5},
+}
+
+
+@pytest.mark.parametrize("length", [12, 24])
+@pytest.mark.parametrize("rope", ROPES)
+def test_every_rope_that_transformers_knows_gives_the_same_logits_there_and_back(rope, length):
+    """At a length within the original context, and beyond it."""
+    model = lively(small(attention__rope=ROPES[rope]).build()).eval()
+    ids = tokens(model, length=length)
+    logits = model(ids).logits_BTV
+    torch.testing.assert_close(logits, oracle_of(model)(ids).logits, atol=1e-5, rtol=1e-5)
+    plain = Transformer(model.config.replace(attention=model.config.attention.replace(rope=PlainRotary.Config())))
+    plain.load_state_dict(model.state_dict())
+    if length > 16:
+        assert not torch.allclose(plain.eval()(ids).logits_BTV, logits, atol=1e-2), "the rope makes no difference"
+    config, state = from_huggingface(*to_huggingface(model.config, model.state_dict()))
+    assert config.max_seq_len == model.config.max_seq_len
+    again = Transformer(config).eval()
+    again.load_state_dict(state)
+    torch.testing.assert_close(again(ids).logits_BTV, logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention__rope": "nope"}, "attention.rope=nope"),
+        ({"attention__rope": {"variant": "resonance", "of": "yarn"}}, "attention.rope=resonance"),
+        ({"attention__rope_layers": "RRRN"}, "attention.rope_layers=RRRN"),
+    ],
+)
+def test_rotations_that_qwen3_moe_does_not_know_are_refused(changes, message):
+    model = small(**changes).build()
+    with pytest.raises(ConfigError, match=f"{message}: Qwen3-MoE cannot express it"):
+        to_huggingface(model.config, model.state_dict())
 
 
 def exported(tmp_path, dtype=torch.float32, **changes):
@@ -249,7 +296,10 @@ def test_probabilities_that_are_not_renormalized_survive_the_journey(top_k, reno
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob=True"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "axial", "factor": 2.0}}, "rope_type='axial'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor: .* 1 .* or more, got 0.5"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks 'low_freq_factor'"),
         ({"hidden_size": None}, "dim"),
     ],
 )
