@@ -144,6 +144,58 @@ def load_balancing(experiment: Experiment) -> Space:
     return choice("model.moe.load_balancing_weight", [0.0, *_around(weight, 10)])
 
 
+PATTERN = "model.attention.pattern"
+
+
+@space
+def attention_pattern(experiment: Experiment) -> Space:
+    """Every registered attention pattern, its numbers relative to the length of a sequence.
+
+    Without those that are made from a trained model (block_list, entropy_window) or need trees (prefix_syntax).
+    """
+    length, heads = experiment.data.sequence_length, experiment.model.attention.num_heads
+    quarter, sixteenth = max(1, length // 4), max(1, length // 16)
+    window = {"variant": "sliding_window", "window": quarter}
+    points: list[tuple[str, dict[str, Any]]] = [
+        ("causal", {}),
+        ("sliding_window", {"window": quarter}),
+        ("sliding_window", {"window": quarter, "sinks": 4}),
+        ("global_tokens", {"window": quarter, "tokens": 1, "every": sixteenth if sixteenth > 1 else 0}),
+        ("dilated", {"segments": [sixteenth, quarter, length], "dilations": [1, 4, 16]}),
+        ("strided", {"stride": sixteenth}),
+        ("fixed", {"block": sixteenth, "summary": max(1, sixteenth // 8)}),
+        ("block_sparse", {"block": sixteenth}),
+        ("adaptive_window", {"window": length, "ramp": max(1, length // 32)}),
+        ("all_of", {"patterns": [window, {"variant": "dilated", "segments": [length], "dilations": [2]}]}),
+        ("any_of", {"patterns": [window, {"variant": "fixed", "block": sixteenth, "summary": 1}]}),
+    ]
+    if heads % 2 == 0:
+        points.append(("by_head", {"patterns": [window, "causal"]}))
+    if experiment.model.num_layers > 1:
+        points.append(("by_layer", {"patterns": [window, "causal"]}))
+    return _patterns(points) + local_global(experiment)
+
+
+@space
+def local_global(experiment: Experiment) -> Space:
+    """All layers global, and 1, 3 or 5 local layers to a global one, with windows of an eighth and a quarter."""
+    length, layers = experiment.data.sequence_length, experiment.model.num_layers
+    windows = sorted({max(1, length // 8), max(1, length // 4)})
+    mixed = [
+        ("local_global", {"local_layers": local, "window": window})
+        for local in (1, 3, 5)
+        for window in windows
+        if local < layers
+    ]
+    return _patterns([("causal", {}), *mixed])
+
+
+def _patterns(points: Iterable[tuple[str, Mapping[str, Any]]]) -> Space:
+    """Patterns with their own settings."""
+    named = ({PATTERN: name, **{f"{PATTERN}.{key}": value for key, value in own.items()}} for name, own in points)
+    return Space(tuple(named))
+
+
 @space
 def learning_rate(experiment: Experiment) -> Space:
     """A third of the learning rate, the rate itself, three times the rate."""

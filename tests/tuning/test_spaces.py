@@ -10,6 +10,7 @@ from blues.config import FAMILIES
 from blues.errors import ConfigError
 from tuning.experiments import EXPERIMENTS, resolve
 from tuning.spaces import SPACES, Space, choice, grid, parse, product
+from tuning.sweep import plan
 
 values = st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)
 spaces = st.builds(choice, st.sampled_from("abc"), values)
@@ -61,6 +62,22 @@ def test_the_router_space_knows_every_registered_router():
     points = parse("router", resolve("tiny")).points
     assert [point["model.moe.router"] for point in points] == sorted(FAMILIES["router"].variants)
     assert {"noisy_top_k", "softmax_top_k"} <= set(FAMILIES["router"].variants)
+
+
+def test_the_space_of_patterns_knows_every_registered_one_that_needs_nothing_else():
+    from_elsewhere = {"block_list", "entropy_window", "prefix_syntax"}
+    points = parse("attention_pattern", resolve("blues01")).points
+    assert {point["model.attention.pattern"] for point in points} == (
+        set(FAMILIES["attention_pattern"].variants) - from_elsewhere
+    )
+    windows = {point.get("model.attention.pattern.window") for point in parse("local_global", resolve("tiny"))}
+    assert windows == {None, 32, 64}
+
+
+@pytest.mark.parametrize("name", ["attention_pattern", "local_global"])
+def test_trials_of_patterns_have_names_that_a_folder_can_have(name):
+    trials = plan(resolve("tiny"), parse(name, resolve("tiny")))
+    assert len(trials) == len(parse(name, resolve("tiny"))) and max(len(trial.name) for trial in trials) <= 200
 
 
 def test_a_space_written_by_hand():

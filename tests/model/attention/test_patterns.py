@@ -27,6 +27,7 @@ from blues.model.attention.patterns import (
     EntropyWindow,
     Fixed,
     GlobalTokens,
+    LocalGlobal,
     PrefixSyntax,
     SlidingWindow,
     Strided,
@@ -190,6 +191,8 @@ def test_layers_take_turns_also_inside_other_patterns():
     local = SlidingWindow.Config(window=2)
     mixed = ByLayer.Config(patterns=(local, local, Causal.Config()))
     assert [mixed.build().for_layer(layer).config for layer in range(4)] == [local, local, Causal.Config(), local]
+    short = LocalGlobal.Config(local_layers=2, window=2).build()
+    assert [short.for_layer(layer) for layer in range(7)] == [mixed.build().for_layer(layer) for layer in range(7)]
     inner = AnyOf.Config(patterns=(mixed, Strided.Config(stride=3))).build()
     assert inner.for_layer(2).config == AnyOf.Config(patterns=(Causal.Config(), Strided.Config(stride=3)))
     assert EntropyWindow.Config(windows=(3, 9)).build().for_layer(1).config == SlidingWindow.Config(window=9)
@@ -306,6 +309,10 @@ def test_entropy_becomes_windows():
         (
             {"variant": "by_layer", "patterns": ["causal"] * 5},
             "5 patterns for 4 layers, so its last would never be used",
+        ),
+        (
+            {"variant": "local_global", "local_layers": 4},
+            "leaves none of 4 layers global; set local_layers to at most 3",
         ),
         ({"variant": "entropy_window", "windows": [4, 4]}, "2 windows for 4 layers; give one per layer"),
         ({"variant": "adaptive_window", "initial": 1.0}, "initial: must be a share of the window"),

@@ -6,7 +6,7 @@ FlexAttention and, where it can, as the window arguments of flash kernels.
 
 from blues.model.attention.patterns.adaptive import AdaptiveWindow, EntropyWindow, entropy_windows
 from blues.model.attention.patterns.base import AttentionPattern, Pairs, TokenTree, pairs_of
-from blues.model.attention.patterns.compose import AllOf, AnyOf, ByHead, ByLayer
+from blues.model.attention.patterns.compose import AllOf, AnyOf, ByHead, ByLayer, LocalGlobal
 from blues.model.attention.patterns.local import Causal, Dilated, GlobalTokens, SlidingWindow
 from blues.model.attention.patterns.sparse import BlockList, BlockSparse, Fixed, Strided
 from blues.model.attention.patterns.syntax import PrefixSyntax
@@ -25,6 +25,7 @@ __all__ = [
     "EntropyWindow",
     "Fixed",
     "GlobalTokens",
+    "LocalGlobal",
     "Pairs",
     "PrefixSyntax",
     "SlidingWindow",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blues import config as cfg
 from blues.errors import ConfigError
-from blues.model.attention.patterns.base import AttentionPattern, Pairs
+from blues.model.attention.patterns.base import AttentionPattern, Pairs, at_least_one
 from blues.model.attention.patterns.local import Causal, SlidingWindow
 
 LOCAL = SlidingWindow.Config()
@@ -119,6 +119,41 @@ class ByLayer(Composed, variant="by_layer"):
             )
         for child in self.children:
             child.check(num_heads, num_layers)
+
+
+class LocalGlobal(AttentionPattern, variant="local_global"):
+    """`local_layers` layers of a sliding window, then one that sees all, and so on (Gemma 3, arXiv 2503.19786).
+
+    The short form of `by_layer` for this mixture, whose numbers can be set and swept one by one.
+    """
+
+    @cfg.configclass
+    class Config(AttentionPattern.Config):
+        local_layers: int = 5
+        window: int = 1024
+        sinks: int = 0
+
+        def __post_init__(self) -> None:
+            at_least_one(self, "local_layers", "window")
+            at_least_one(self, "sinks", least=0)
+
+    config: Config
+
+    def for_layer(self, layer: int) -> AttentionPattern:
+        config = self.config
+        if (layer + 1) % (config.local_layers + 1) == 0:
+            return Causal.Config().build()
+        return SlidingWindow.Config(window=config.window, sinks=config.sinks).build()
+
+    def rule(self, pairs: Pairs) -> Tensor:
+        raise TypeError("local_global has a rule for each layer; ask for_layer(layer) for it")
+
+    def check(self, num_heads: int, num_layers: int) -> None:
+        if self.config.local_layers >= num_layers:
+            raise ConfigError(
+                f"attention.pattern: local_global with local_layers={self.config.local_layers} leaves none of "
+                f"{num_layers} layers global; set local_layers to at most {num_layers - 1}, or use sliding_window"
+            )
 
 
 class ByHead(Composed, variant="by_head"):
