@@ -102,11 +102,8 @@ class Tokenizer(cfg.Configurable):
         self._fast = self._open(backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (
-            self.config,
-            self._wanted,
-            self._threads,
-        )  # the receiving process loads its own copy of the vocabulary
+        # The receiving process loads its own copy of the vocabulary.
+        return type(self), (self.config, self._wanted, self._threads)
 
     @property
     def backend(self) -> str:

@@ -90,7 +90,7 @@ class Base:
 def files_table(plan: Plan, origin: int = 0) -> pa.Table:
     """The plan's files as `versions.FILES_SCHEMA`: what was read, how, a checksum of it, and which source it is of."""
     origins = whole_numbers(np.full(len(plan.files), origin), pa.uint32())
-    return plan.files.append_column("origin", origins).select(versions.FILES_SCHEMA.names)
+    return plan.files.append_column("origin", origins)
 
 
 def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:

@@ -53,7 +53,9 @@ OPTIONS = (
     *("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.bigFileThreshold=16m", "gc.autoDetach=false"),
     *("http.lowSpeedLimit=1", "http.lowSpeedTime=60"),  # a server that falls silent is given up
 )
-CREDENTIALS = re.compile("could not read|authentication failed|permission denied|terminal prompts disabled", re.I)
+CREDENTIALS = re.compile(
+    "could not read (?:username|password|from)|authentication failed|permission denied|terminal prompts disabled", re.I
+)
 
 Report = Callable[[str], None]
 

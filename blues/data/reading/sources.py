@@ -71,11 +71,11 @@ class Plan:
     @cached_property
     def content(self) -> str:
         """Checksum of the names and contents of all files, with a NUL behind each."""
-        empty, nul = strings(["", "\0"])
-        columns = (whole(self.files[name]).cast(pa.large_string()) for name in ("file", "content"))
-        joined = pc.binary_join_element_wise(*columns, *(value.cast(pa.large_string()) for value in (empty, nul)))
-        _, ends, content = joined.buffers()
-        return xxhash.xxh3_128_hexdigest(content or b"")
+        name, content = (whole(self.files[column]).cast(pa.large_string()) for column in ("file", "content"))
+        nothing, nul = strings(["", "\0"]).cast(pa.large_string())
+        joined = pc.binary_join_element_wise(name, content, nothing, nul)
+        _, ends, characters = joined.buffers()
+        return xxhash.xxh3_128_hexdigest(characters.slice(0, int(np.frombuffer(ends, np.int64)[len(joined)])))
 
     @property
     def source(self) -> dict[str, Any]:
@@ -109,9 +109,9 @@ class Plan:
         Raises:
             DataError: a file that vanished, changed or cannot be read.
         """
-        whole = self.parts(wanted)
-        cut_above = max(PART_BYTES, self.root.cut_above(sum(part.bytes for part in whole)))
-        pieces = in_threads(self.root.threads, lambda part: cut(self.root, part, PART_BYTES, cut_above), whole)
+        uncut = self.parts(wanted)
+        cut_above = max(PART_BYTES, self.root.cut_above(sum(part.bytes for part in uncut)))
+        pieces = in_threads(self.root.threads, lambda part: cut(self.root, part, PART_BYTES, cut_above), uncut)
         parts = [piece for found in pieces for piece in found]
         target = max(PART_BYTES, sum(part.bytes for part in parts) // MAX_TASKS)
         groups: list[list[Part]] = []
@@ -225,12 +225,12 @@ def _readings(
     A look at its suffix is enough for text and source code, and one for each suffix; each table is looked into.
     """
     readings: dict[str, Reading] = {}
-    numbers: dict[str, int] = {}
+    order: dict[str, int] = {}
     known: dict[str, int] = {}
 
     def number_of(reading: Reading) -> int:
         readings.setdefault(reading.described, reading)
-        return numbers.setdefault(reading.described, len(readings))
+        return order.setdefault(reading.described, len(readings))
 
     found: list[int] = []
     for name in listing.names:

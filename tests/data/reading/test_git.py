@@ -301,6 +301,13 @@ def test_a_damaged_repository_is_a_sentence(repository):
         read_all(plan)
 
 
+def test_a_folder_that_is_missing_in_a_repository_is_an_error_not_an_omission(repository):
+    tree = run_git(repository, "rev-parse", "HEAD:pkg")
+    (repository / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+    with pytest.raises(DataError, match=f"git cannot read .*{tree}"):
+        sources.plan(repository, commit="HEAD")
+
+
 def test_the_reading_process_ends_with_its_place(repository):
     place = sources.plan(repository, commit="HEAD").root
     [entry] = place.entries(lambda name: None if name == "a.py" else "other", Counter()).entries()
