@@ -35,6 +35,7 @@ from blues.errors import BluesError, ClusterError, ConfigError
 from blues.evaluation.unigram import unigram_entropy
 from blues.experiment import Experiment
 from blues.tracking import plots, provenance
+from blues.tracking.specialization_plots import specialization_figures
 from blues.tracking.spool import read_history
 from blues.tracking.tracker import Tracker, Tracking
 from blues.training.checkpoint import latest_checkpoint, read_checkpoint
@@ -226,6 +227,10 @@ class _Run:
         if event.metrics:
             self.metrics |= event.metrics
             self.tracker.log_metrics(event.metrics, event.step)
+        if event.kind == "specialization":
+            self.tracker.log_artifact(event.details["path"], folder=run_folder.SPECIALIZATION)
+            for figure in specialization_figures(self.folder, name=self.experiment.name):
+                self.tracker.log_artifact(figure, folder=run_folder.FIGURES)
         if self.screen:
             self.screen.show(event)
         if self.on_event is not None:
@@ -237,6 +242,7 @@ class _Run:
         figures = []
         if drawable:
             figures = plots.figures(self.folder, name=self.experiment.name, unigram_entropy=unigram_entropy)
+            figures += specialization_figures(self.folder, name=self.experiment.name)
         for figure in figures:
             self.tracker.log_artifact(figure, folder=run_folder.FIGURES)
         steps, taken = self.experiment.training.steps, duration(time.monotonic() - self.began)

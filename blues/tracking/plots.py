@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -113,7 +114,7 @@ def loss_curve(
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
-    return _write(figure, output)
+    return write(figure, output)
 
 
 def expert_load_heatmap(
@@ -126,7 +127,7 @@ def expert_load_heatmap(
     """Share of each layer's tokens that each expert got: blue below the balanced 1 / E, orange above.
 
     Args:
-        load_LE: shares; rows sum to 1.
+        load_LE: shares; rows sum to 1. Layers may differ in their experts: shorter rows, or NaN at their ends.
         output: the PNG to write.
         layers: index of each layer within the transformer; 0, 1, ... when None.
     """
@@ -135,9 +136,8 @@ def expert_load_heatmap(
     names = [str(layer) for layer in (range(num_layers) if layers is None else layers)]
     width, height = min(max(6.4, 2.6 + 0.72 * num_experts), 16.0), max(2.8, 1.7 + 0.46 * num_layers)
     figure, axes = _canvas(width, height, title, grid=False)
-    norm = _load_norm(load_LE)
-    colors = _load_colors()
-    mesh = axes.pcolormesh(load_LE, cmap=colors, norm=norm, edgecolors="white", linewidth=1.5)
+    relative_LE, norm, colors = _relative(load_LE), _load_norm(load_LE), _load_colors()
+    mesh = axes.pcolormesh(relative_LE, cmap=colors, norm=norm, edgecolors="white", linewidth=1.5)
     axes.invert_yaxis()
     _expert_ticks(axes.xaxis, num_experts)
     axes.set_yticks(np.arange(num_layers) + 0.5, names)
@@ -147,7 +147,9 @@ def expert_load_heatmap(
     axes.set_ylabel("layer")
     if num_experts <= MAX_NUMBERED_EXPERTS:
         for (layer, expert), share in np.ndenumerate(load_LE):
-            red, green, blue, _ = colors(norm(share))
+            if np.isnan(share):
+                continue
+            red, green, blue, _ = colors(norm(relative_LE[layer, expert]))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
             axes.text(
                 expert + 0.5,
@@ -158,8 +160,8 @@ def expert_load_heatmap(
                 fontsize=9,
                 color="white" if dark else INK,
             )
-    for layer, load_E in enumerate(load_LE):
-        violation = f"{load_E.max() / load_E.mean() - 1:.2f}"
+    for layer, relative_E in enumerate(relative_LE):
+        violation = f"{np.nanmax(relative_E) - 1:.2f}"
         axes.annotate(
             violation,
             (num_experts, layer + 0.5),
@@ -179,8 +181,8 @@ def expert_load_heatmap(
         color=MUTED,
         annotation_clip=False,
     )
-    _load_bar(figure, [axes], mesh, num_experts, pad=0.02)
-    return _write(figure, output)
+    _load_bar(figure, [axes], mesh, _common_size([load_LE]), pad=0.02)
+    return write(figure, output)
 
 
 def expert_load_over_time(
@@ -194,15 +196,17 @@ def expert_load_over_time(
     loads = load_history(read_history(metrics_path))
     if not loads:
         raise TrackingError(f"{str(metrics_path)!r} holds no expert load (experts/layer_../load_..), nothing to draw")
-    num_experts = next(iter(loads.values()))[1].shape[1]
+    tables = [load_NE for _, load_NE in loads.values()]
     columns = min(3, len(loads))
     rows = math.ceil(len(loads) / columns)
     figure = Figure(figsize=(2.0 + 3.5 * columns, 1.3 + 2.15 * rows), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    norm = _load_norm(np.concatenate([load_NE for _, load_NE in loads.values()]))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=_common_size(tables) is not None, squeeze=False)
+    norm = max((_load_norm(load_NE) for load_NE in tables), key=lambda norm: norm.vmax or 0.0)
     for axes, (layer, (steps, load_NE)) in zip(panels.flat, loads.items(), strict=False):
-        mesh = axes.pcolormesh(_edges(steps), np.arange(num_experts + 1), load_NE.T, cmap=_load_colors(), norm=norm)
+        num_experts = load_NE.shape[1]
+        edges, relative_NE = np.arange(num_experts + 1), _relative(load_NE)
+        mesh = axes.pcolormesh(_edges(steps), edges, relative_NE.T, cmap=_load_colors(), norm=norm)
         axes.set_title(f"layer {layer}", fontsize=10, color=INK, loc="left")
         _expert_ticks(axes.yaxis, num_experts)
         axes.set_ylim(num_experts, 0)
@@ -214,12 +218,12 @@ def expert_load_over_time(
     figure.suptitle(title, fontsize=13, color=INK, fontweight="bold", x=0.02, ha="left")
     figure.supxlabel("training step", fontsize=10, color=INK)
     figure.supylabel("expert", fontsize=10, color=INK)
-    _load_bar(figure, list(panels.flat), mesh, num_experts, pad=0.02)
-    return _write(figure, output)
+    _load_bar(figure, list(panels.flat), mesh, _common_size(tables), pad=0.02)
+    return write(figure, output)
 
 
 def load_history(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """{layer: (steps_N, load_NE)} of the steps at which the share of every expert stands."""
+    """{layer: (steps_N, load_NE)}; NaN for experts that a layer does not have at that step, because it was pruned."""
     found: dict[int, dict[int, dict[int, float]]] = {}
     for name, points in history.items():
         match = re.fullmatch(r"experts/layer_(\d+)/load_(\d+)", name)
@@ -229,15 +233,14 @@ def load_history(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]:
                 found.setdefault(layer, {}).setdefault(step, {})[expert] = share
     loads = {}
     for layer, by_step in sorted(found.items()):
-        num_experts = max(len(shares) for shares in by_step.values())
-        steps = [step for step, shares in sorted(by_step.items()) if len(shares) == num_experts]
-        table = [[by_step[step][expert] for expert in sorted(by_step[step])] for step in steps]
+        num_experts, steps = 1 + max(max(shares) for shares in by_step.values()), sorted(by_step)
+        table = [[by_step[step].get(expert, np.nan) for expert in range(num_experts)] for step in steps]
         loads[layer] = (np.array(steps), np.array(table))
     return loads
 
 
 def latest_expert_load(metrics_path: str | Path) -> tuple[list[int], np.ndarray, int]:
-    """(layers, load_LE, step) of the last step that a metrics file has loads of.
+    """(layers, load_LE, step) of the last step that a metrics file has loads of; NaN beyond a layer's own experts.
 
     Raises:
         TrackingError: it has none.
@@ -246,7 +249,7 @@ def latest_expert_load(metrics_path: str | Path) -> tuple[list[int], np.ndarray,
     if not loads:
         raise TrackingError(f"{str(metrics_path)!r} holds no expert load (experts/layer_../load_..)")
     step = max(int(steps[-1]) for steps, _ in loads.values())
-    return list(loads), np.stack([load_NE[-1] for _, load_NE in loads.values()]), step
+    return list(loads), _table([load_NE[-1] for _, load_NE in loads.values()]), step
 
 
 def _canvas(width: float, height: float, title: str, grid: bool = True) -> tuple[Figure, Axes]:
@@ -265,7 +268,8 @@ def _canvas(width: float, height: float, title: str, grid: bool = True) -> tuple
     return figure, axes
 
 
-def _write(figure: Figure, output: str | Path) -> Path:
+def write(figure: Figure, output: str | Path) -> Path:
+    """Save as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     write_atomic(output, buffer.getvalue())
@@ -337,30 +341,47 @@ def _label_end(axes: Axes, series: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def _table(load_LE: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
-    table = np.asarray(load_LE, dtype=float)
-    if table.ndim != 2 or not table.size:
-        raise ValueError(f"expected a table of layers x experts, got shape {table.shape}")
+    """Layers with fewer experts than the widest end in NaN."""
+    if not len(load_LE) or not all(len(load_E) for load_E in load_LE):
+        raise ValueError("expected a table of layers x experts, got none")
+    table = np.full((len(load_LE), max(map(len, load_LE))), np.nan)
+    for row, load_E in zip(table, load_LE, strict=True):
+        row[: len(load_E)] = load_E
     return table
 
 
-def _load_norm(load: np.ndarray) -> TwoSlopeNorm:
-    """0 .. 1 / E .. the largest share, but at least twice the balanced one, so that noise does not look alarming."""
-    balanced = 1 / load.shape[-1]
-    return TwoSlopeNorm(balanced, vmin=0.0, vmax=max(2 * balanced, float(load.max()), balanced + 1e-6))
+def _relative(load_NE: np.ndarray) -> np.ndarray:
+    """Shares in units of the balanced one of their own row, 1 / E."""
+    return load_NE * (~np.isnan(load_NE)).sum(1, keepdims=True)
+
+
+def _common_size(tables: Sequence[np.ndarray]) -> int | None:
+    """The number of experts of all rows of all tables; None if they differ."""
+    sizes = {int(size) for table in tables for size in (~np.isnan(table)).sum(1)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _load_norm(load_NE: np.ndarray) -> TwoSlopeNorm:
+    """0 .. 1 .. the largest share in units of the balanced one, at least 2, so that noise does not look alarming."""
+    return TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, float(np.nanmax(_relative(load_NE)))))
 
 
 def _load_colors() -> Colormap:
     return LinearSegmentedColormap.from_list("load", LOAD_COLORS)
 
 
-def _load_bar(figure: Figure, axes: list[Axes], mesh, num_experts: int, pad: float) -> None:
-    balanced, top = 1 / num_experts, mesh.norm.vmax
+def _load_bar(figure: Figure, axes: list[Axes], mesh: Any, num_experts: int | None, pad: float) -> None:
+    """`num_experts`: of all layers; None if they differ, then shares are told as multiples of 1 / E."""
+    top = mesh.norm.vmax
     bar = figure.colorbar(mesh, ax=axes, pad=pad, aspect=28)
-    shares = [0.0, balanced / 2, balanced, (balanced + top) / 2, top]
+    shares = [0.0, 0.5, 1.0, (1.0 + top) / 2, top]
     bar.ax.tick_params(labelsize=8.5, length=2, labelcolor=MUTED)
-    bar.ax.axhline(balanced, color=INK, linewidth=1.6)
-    labels = [f"{100 * share:.3g}%" for share in shares]
-    labels[2] += f" = 1/{num_experts}"
+    bar.ax.axhline(1.0, color=INK, linewidth=1.6)
+    if num_experts is None:
+        labels = [f"{share:.3g}/E" for share in shares]
+    else:
+        labels = [f"{100 * share / num_experts:.3g}%" for share in shares]
+        labels[2] += f" = 1/{num_experts}"
     bar.set_ticks(shares, labels=labels)
     bar.ax.get_yticklabels()[2].set(fontweight="bold", color=INK)
     bar.set_label("share of tokens", fontsize=9, color=INK)

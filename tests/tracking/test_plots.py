@@ -20,8 +20,8 @@ from blues.tracking.spool import MetricsFile
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were written."""
     seen: list[Figure] = []
-    write = plots._write
-    monkeypatch.setattr(plots, "_write", lambda figure, output: seen.append(figure) or write(figure, output))
+    write = plots.write
+    monkeypatch.setattr(plots, "write", lambda figure, output: seen.append(figure) or write(figure, output))
     return seen
 
 
