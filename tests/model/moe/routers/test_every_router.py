@@ -140,6 +140,7 @@ def test_decoding_with_a_cache_equals_one_full_forward(variant, pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits_BTV, atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_step_compiles_without_a_graph_break(variant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
