@@ -22,6 +22,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 
@@ -92,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     if args.max_document_mb < 1:
         raise ConfigError(f"--max-document-mb must be at least 1, got {args.max_document_mb}")
     tokenizer = Tokenizer.Config(vocab_size=args.vocab_size)
-    planned = plan(
+    screen = Screen()
+    look = functools.partial(
+        plan,
         args.input_dir if args.dataset is None else args.dataset,
         text_column=args.text_column,
         id_column=args.id_column,
@@ -102,63 +105,75 @@ def run(args: argparse.Namespace) -> int:
         delimiter=args.delimiter,
         max_document_bytes=args.max_document_mb << 20,
         commit=args.commit,
-        report=lambda sentence: print(sentence, file=sys.stderr),
+        report=screen.say,
     )
-    screen = Screen()
-    prepared = prepare(
-        planned,
-        args.data_cache_dir,
-        tokenizer,
-        validation_fraction=args.validation_fraction,
-        compression=args.compression,
-        mode="update" if args.update else "append" if args.append else "prepare",
-        backend=args.tokenizer_backend,
-        num_workers=args.num_workers,
-        address=args.address,
-        overwrite=args.overwrite,
-        report=screen.show,
-    )
-    screen.finish(prepared, planned)
+    with screen:
+        prepared = prepare(
+            look,
+            args.data_cache_dir,
+            tokenizer,
+            validation_fraction=args.validation_fraction,
+            compression=args.compression,
+            mode="update" if args.update else "append" if args.append else "prepare",
+            backend=args.tokenizer_backend,
+            num_workers=args.num_workers,
+            address=args.address,
+            overwrite=args.overwrite,
+            report=screen.show,
+        )
+    for reason in prepared.fell_back:
+        screen.say(f"blues prepare: tiktoken did the work of the fast tokenizer: {reason}")
+    print("\n".join(summary(prepared)))
     return 0
 
 
 class Screen:
-    """The live line (plain lines where there is no terminal) and the table at the end."""
+    """The live line, inside the `with` block (plain lines where there is no terminal)."""
 
     def __init__(self) -> None:
         self.interactive = sys.stderr.isatty()
         self.last = time.monotonic()
-        self.state = None
+
+    def __enter__(self) -> Screen:
+        self.line("looking through the source")
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.line("")
+
+    def line(self, words: str) -> None:
+        """Replace the live line, where there is one."""
+        if self.interactive:
+            sys.stderr.write(f"\r\x1b[2K{words}")
+            sys.stderr.flush()
+
+    def say(self, sentence: str) -> None:
+        """A line that stays."""
+        self.line("")
+        print(sentence, file=sys.stderr)
 
     def show(self, state) -> None:
         from blues.cluster.prepare import count_bytes
         from blues.cluster.progress import count
 
-        self.state = state
         done = state.tasks_done == state.tasks
-        if not self.interactive and not done and time.monotonic() - self.last < PLAIN_LINE_S:
-            return
-        self.last = time.monotonic()
         line = (
             f"{count_bytes(state.bytes_done)} of {count_bytes(state.bytes)}  {count(state.documents)} documents  "
             f"{count(state.tokens)} tokens  {count_bytes(state.rate)}/s"
         )
-        sys.stderr.write(f"\r\x1b[2K{line}" if self.interactive else f"{line}\n")
-        sys.stderr.flush()
-
-    def finish(self, prepared, planned) -> None:
-        if self.interactive and self.state is not None:
-            sys.stderr.write("\r\x1b[2K")
-        for reason in prepared.fell_back:
-            print(f"blues prepare: tiktoken did the work of the fast tokenizer: {reason}", file=sys.stderr)
-        print("\n".join(summary(prepared, planned)))
+        if self.interactive:
+            started = done or state.tasks_done > state.resumed
+            self.line(line if started else f"{count_bytes(state.bytes)} to read, starting")
+        elif done or time.monotonic() - self.last >= PLAIN_LINE_S:
+            self.last = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
 
 
-def summary(prepared, planned) -> list[str]:
+def summary(prepared) -> list[str]:
     """What was made of what, in lines."""
     from blues.cluster.prepare import count_bytes
 
-    store, state = prepared.store, prepared.progress
+    store, planned, state = prepared.store, prepared.plan, prepared.progress
     manifest = store.manifest
     files = sum(source["files"] for source in manifest["sources"])
     lines = [f"{store.path}: {manifest['documents']:,} documents from {files:,} files"]

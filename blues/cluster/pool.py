@@ -9,10 +9,11 @@ or with what they read. Work that is too small to be worth a cluster's start is 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from blues.cluster import session
@@ -20,6 +21,14 @@ from blues.errors import BluesError, DataError
 
 Worker = Callable[[int, Any], Any]
 """Called with a task's number and the task; returns something small."""
+
+MOST_BLOCKS = 512
+"""Task numbers come in blocks, of one task where there are no more than this: who is done first takes the next one."""
+
+
+def modules_of(make: Callable[..., Worker]) -> Sequence[str]:
+    """What an actor imports before it can make a worker, for `session.connect`."""
+    return "ray.data", make.__module__
 
 
 def map_tasks(
@@ -48,7 +57,7 @@ def map_tasks(
         for number, task in tasks.items():
             yield number, worker(number, task)
         return
-    with session.connect(address, num_cpus=num_workers) as connected:
+    with session.connect(address, num_cpus=num_workers, preload=modules_of(make)) as connected:
         workers = min(num_workers or max(1, int(connected.resources.get("CPU", 1))), len(tasks))
         # Ray warns on the terminal of every actor it may restart; on one machine none needs to be.
         restarts = {"max_restarts": 0} if connected.one_machine else {}
@@ -64,15 +73,11 @@ def _stream(
 ) -> Iterator[tuple[int, Any]]:
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the caller says how far it is
-    dataset = ray.data.from_items(
-        [{"task": number} for number in tasks], override_num_blocks=min(len(tasks), 16 * workers)
-    )
-    with warnings.catch_warnings():
+    with _settings(ray.data.DataContext.get_current()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 has no other way yet to pass `max_restarts`
+        blocks = min(len(tasks), max(MOST_BLOCKS, 16 * workers))
+        dataset = ray.data.from_items([{"task": number} for number in tasks], override_num_blocks=blocks)
         done = dataset.map_batches(
             cast(Any, _Actor),
             fn_constructor_args=(make, arguments),
@@ -86,6 +91,22 @@ def _stream(
         if row["error"]:
             raise DataError(row["error"])
         yield int(row["task"]), pickle.loads(row["result"])
+
+
+@contextlib.contextmanager
+def _settings(context: Any) -> Iterator[None]:
+    """Settings for the datasets that are made inside the block, which keep them.
+
+    target_max_block_size: of the results. Each is handed on when it is there, not with others that follow."""
+    ours = {"enable_progress_bars": False, "print_on_execution_start": False, "target_max_block_size": 1}
+    before = {name: getattr(context, name) for name in ours}
+    for name, value in ours.items():
+        setattr(context, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 class _Actor:

@@ -1,7 +1,7 @@
 """Preparing a dataset with Ray Data: files to chunks of tokens, in parallel, resumable, the same for any parallelism.
 
-In: a `Plan` of source files, settings, an output directory. Out: a dataset directory (`blues.data.storage.store`), or
-the next version of the one that is there.
+In: a `Plan` of source files (or a function that makes it: Ray starts meanwhile), settings, an output directory. Out: a
+dataset directory (`blues.data.storage.store`), or the next version of the one that is there.
 
 The tasks of `blues.data.preparing.build` are done by a pool of actors, each with its tokenizer loaded once, that read,
 tokenize and write one task after the other. Only task numbers and counts travel through Ray, never text or tokens, so
@@ -11,8 +11,10 @@ and output must be on a file system that all of them see.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from blues.cluster.pool import map_tasks
+from blues.cluster import session
+from blues.cluster.pool import map_tasks, modules_of
 from blues.data.preparing.base import Base, Mode, Settings, files_table, find_base, holds_dataset
 from blues.data.preparing.build import Build, Progress
 from blues.data.preparing.shards import Recipe, TaskResult, run_task
@@ -37,15 +40,18 @@ from blues.tracking.provenance import code_version
 
 HERE_BYTES = 32 << 20
 """An update that reads no more than this is done without Ray, whose start alone takes longer."""
+HERE_FRESH_BYTES = 8 << 20
+"""Likewise a dataset that is new: for it Ray starts while the source is looked through."""
 
 
 @dataclass
 class Prepared:
-    """What came of it. made: whether anything was done at all. progress: of the tasks, at the end. tokenizers: what
+    """What came of `plan`. made: whether anything was done at all. progress: of the tasks, at the end. tokenizers: what
     tokenized in the workers. fell_back: why workers went over to tiktoken, where they did. rechecked: documents that a
     fast tokenizer's worker tokenized with tiktoken too."""
 
     store: Store
+    plan: Plan
     made: bool
     progress: Progress | None = None
     tokenizers: frozenset[str] = frozenset()
@@ -54,7 +60,7 @@ class Prepared:
 
 
 def prepare(
-    plan: Plan,
+    source: Plan | Callable[[], Plan],
     output: str | Path,
     tokenizer: Tokenizer.Config,
     *,
@@ -70,6 +76,8 @@ def prepare(
     """Make the dataset `output`, or go on with one that was interrupted; one that is there already is left as it is.
 
     Args:
+        source: what is read, or a function that looks for it (it is called in a thread, while Ray starts, if a new
+            dataset is to be made).
         validation_fraction: share of the documents held out as the split `validation`, chosen by a hash of their ids;
             each split gets at least one document if there are two or more (of different ids) and the share is positive,
             and a document that is alone is for training.
@@ -92,18 +100,32 @@ def prepare(
             f"the name {str(output)!r} is not UTF-8, which Ray needs; choose another --data-cache-dir"
         ) from None
     settings = Settings(tokenizer, validation_fraction, compression)
-    with exclusive(output):
+    began = time.monotonic()
+    fresh = not holds_dataset(output) or overwrite
+    with _planned(source, fresh, num_workers, address) as plan, exclusive(output):
         recover(output)
         base = find_base(output, plan, settings, mode) if holds_dataset(output) and not overwrite else None
         table = files_table(plan, 0 if base is None else base.origin)
         if base is not None and mode == "prepare":
             _refuse_other(base, plan, table)
         if base is not None and mode != "append" and base.holds(table):
-            return Prepared(base.newest, made=False)
+            return Prepared(base.newest, plan, made=False)
         build = Build(plan, table, partial_directory(output), settings, base)
+        build.began = began  # Ray may have started before there was a plan
         done = _do_tasks(build, backend, num_workers, address, report)
         store = build.publish(output, _operation(build, mode), code_version())
-    return Prepared(store, True, build.progress(), done.tokenizers, done.fell_back, done.rechecked)
+    return Prepared(store, plan, True, build.progress(), done.tokenizers, done.fell_back, done.rechecked)
+
+
+def _planned(
+    source: Plan | Callable[[], Plan], fresh: bool, num_workers: int | None, address: str | None
+) -> contextlib.AbstractContextManager[Plan]:
+    """The plan, with Ray connected if it took a while and will be needed: an update may find that it needs none."""
+    if isinstance(source, Plan):
+        return contextlib.nullcontext(source)
+    if not fresh:
+        return contextlib.nullcontext(source())
+    return session.connect_beside(source, address, num_cpus=num_workers, preload=modules_of(_Worker))
 
 
 @dataclass
@@ -128,7 +150,8 @@ def _do_tasks(
         report(build.progress())
         tasks = {number: build.tasks[number] for number in build.missing}
         size = sum(build.weights[number] for number in tasks)
-        here = build.base is not None and address is None and num_workers is None and size <= HERE_BYTES
+        small = size <= (HERE_FRESH_BYTES if build.base is None else HERE_BYTES)
+        here = small and address is None and num_workers is None
         arguments = (
             build.partial.absolute(),
             build.plan.root.absolute(),

@@ -6,23 +6,37 @@ inside a submitted job) or an explicit address attaches to a running cluster. On
 
 A killed process takes its local Ray with it: Ray's own processes ask the kernel for it, their workers follow within
 seconds and the last agents when they miss their head.
+
+A private Ray takes seconds to start. `connect_beside` does work that comes first meanwhile, and of a private Ray only
+what Blues uses is started: not its log monitor, autoscaler and dashboard server.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from blues.errors import ClusterError
 
 ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 KNOCK_S = 5.0
+GRACE_S = 0.3
+"""Work that ends within this time is not worth a start beside it."""
+PRELOAD = "RAY_preload_python_modules"
+"""Ray's setting for what its workers import while they wait; a Ray that does not know it starts them as ever."""
+UNUSED = ("start_monitor", "start_log_monitor", "start_api_server")
+"""What `ray._private.node.Node` starts for a head beyond what work needs: an autoscaler for one machine, a reader of
+logs that go nowhere, and of the dashboard that is left out a server, for which the start waits a second."""
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for "this machine only": every port on 127.0.0.1
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long agents outlive a killed head (default 60)
@@ -36,6 +50,9 @@ QUIET_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",  # Ray's own gauges of its controller; ours go to the tracker
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,7 @@ def connect(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     object_store_memory: int | None = None,
+    preload: Sequence[str] = (),
 ) -> Iterator[Session]:
     """Be connected to Ray inside the `with` block.
 
@@ -83,13 +101,15 @@ def connect(
             RAY_ADDRESS if that is set, else "local". A process that is connected already stays as it is.
         num_cpus: CPUs that a private Ray offers (None: as many as the machine has). More than there are is allowed.
         num_gpus: likewise GPUs. object_store_memory: bytes.
+        preload: modules that the workers of a private Ray import as soon as they are there, while they wait for work.
 
     Raises:
         ClusterError: Ray cannot be started, or nothing answers at the address.
     """
     chosen = resolve(address)
     local = chosen == LOCAL
-    with _environment(QUIET_ENVIRONMENT | (LOCAL_ENVIRONMENT if local else {})):
+    ahead = {PRELOAD: ",".join(preload)} if preload else {}
+    with _environment(QUIET_ENVIRONMENT | (LOCAL_ENVIRONMENT | ahead if local else {})):
         import ray
 
         if ray.is_initialized():
@@ -105,7 +125,7 @@ def connect(
                 "_node_ip_address": "127.0.0.1",
             }
         try:
-            with _loopback() if local else contextlib.nullcontext():
+            with _private_node() if local else contextlib.nullcontext():
                 if not local:
                     _knock(chosen)
                 ray.init(address=chosen, **options)
@@ -115,6 +135,62 @@ def connect(
             yield Session(address=ray.get_runtime_context().gcs_address, started=local)
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def connect_beside(
+    work: Callable[[], Result],
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    preload: Sequence[str] = (),
+) -> Iterator[Result]:
+    """Do `work` and be connected to Ray inside the `with` block, which begins with its result.
+
+    Ray starts while `work` is done, unless that takes no more than GRACE_S: then nothing is started, and the block
+    connects itself where it needs to (see `connect`, also for the arguments). It is the work that goes to a thread, for
+    Ray wants signals, and its processes live no longer than the thread that started them.
+
+    Raises:
+        ClusterError: see `connect`. What `work` raises comes as it is, once what was started has been stopped.
+    """
+    beside = _Beside(work)
+    try:
+        if beside.ends_within(GRACE_S):
+            yield beside.result()
+            return
+        with connect(address, num_cpus=num_cpus, preload=preload):
+            for module in preload:
+                importlib.import_module(module)
+            yield beside.result()
+    finally:
+        beside.stop()
+
+
+class _Beside(Generic[Result]):
+    """Work in a thread that a process does not wait for when it ends."""
+
+    def __init__(self, work: Callable[[], Result]) -> None:
+        self._future: Future[Result] = Future()
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Result]) -> None:
+        try:
+            self._future.set_result(work())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def ends_within(self, seconds: float) -> bool:
+        return bool(wait([self._future], seconds).done)
+
+    def result(self) -> Result:
+        return self._future.result()
+
+    def stop(self) -> None:
+        """Raise KeyboardInterrupt in the work, if it is still done, as soon as it comes back from what it waits for."""
+        if not self._future.done() and (ident := self._thread.ident) is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt))
 
 
 @contextlib.contextmanager
@@ -130,19 +206,24 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loopback() -> Iterator[None]:
-    """Let Ray keep 127.0.0.1, which it otherwise replaces by the machine's address for others.
+def _private_node() -> Iterator[None]:
+    """Let Ray keep 127.0.0.1, which it otherwise replaces by the machine's address for others, and leave UNUSED out.
 
-    It reads its switch (in LOCAL_ENVIRONMENT) when it is imported, which may have happened before.
+    Ray reads its switch for the former (in LOCAL_ENVIRONMENT) when it is imported, which may have happened before; for
+    the latter it has none. A release that names them otherwise starts them.
     """
-    from ray._private import ray_constants
+    from ray._private import node, ray_constants
 
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    replaced: list[tuple[Any, str, Any]] = [(ray_constants, "ENABLE_RAY_CLUSTER", False)]
+    replaced += [(node.Node, name, lambda *_, **__: None) for name in UNUSED if hasattr(node.Node, name)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def _knock(address: str) -> None:
