@@ -19,6 +19,7 @@ import yaml
 from blues.config import FAMILIES, nearest
 from blues.errors import ConfigError
 from blues.experiment import Experiment
+from blues.model.rope import NoPE
 
 Changes = Mapping[str, Any]
 
@@ -194,6 +195,31 @@ def _patterns(points: Iterable[tuple[str, Mapping[str, Any]]]) -> Space:
     """Patterns with their own settings."""
     named = ({PATTERN: name, **{f"{PATTERN}.{key}": value for key, value in own.items()}} for name, own in points)
     return Space(tuple(named))
+
+
+@space
+def rope(experiment: Experiment) -> Space:
+    """Every registered rotary embedding, with the experiment's base where it has one.
+
+    Those that extend a context have a factor of 4, from a quarter of model.max_seq_len.
+    """
+    attention, path = experiment.model.attention, "model.attention.rope"
+    theta = getattr(attention.rope, "theta", None)
+    points: list[Changes] = []
+    for name, member in sorted(FAMILIES["rope"].variants.items()):
+        if name == "nope" and attention.rope_layers != "R":
+            continue  # it would leave no layer to rotate
+        keeps = theta is not None and getattr(member.Config(), "theta", None) is not None
+        points.append({path: name, f"{path}.theta": theta} if keeps else {path: name})
+    return Space(tuple(points))
+
+
+@space
+def rope_layers(experiment: Experiment) -> Space:
+    """Rotation in every layer, in every other, and in three of four (RNoPE, arXiv 2501.18795)."""
+    if experiment.model.attention.rope == NoPE.Config():
+        raise ConfigError("the search space 'rope_layers' varies which layers rotate, and model.attention.rope is nope")
+    return choice("model.attention.rope_layers", ["R", "RN", "RRRN"])
 
 
 @space

@@ -80,6 +80,19 @@ def test_trials_of_patterns_have_names_that_a_folder_can_have(name):
     assert len(trials) == len(parse(name, resolve("tiny"))) and max(len(trial.name) for trial in trials) <= 200
 
 
+def test_the_rope_space_knows_every_registered_rope_and_keeps_the_base():
+    base = resolve("tiny", ["model.attention.rope.theta=500.0"])
+    varied = [base.override(point).model.attention.rope for point in parse("rope", base)]
+    assert [rope._variant for rope in varied] == sorted(FAMILIES["rope"].variants)
+    assert {rope.theta for rope in varied if getattr(rope, "theta", None)} == {500.0}
+    in_part = resolve("tiny", ["model.attention.rope_layers=RN"])
+    assert {point["model.attention.rope"] for point in parse("rope", in_part)} == {*FAMILIES["rope"].variants} - {
+        "nope"
+    }
+    with pytest.raises(ConfigError, match="model.attention.rope is nope"):
+        parse("rope_layers", resolve("tiny", ["model.attention.rope=nope"]))
+
+
 def test_a_space_written_by_hand():
     points = parse("model.moe.top_k=1,2 * training.optimizer.lr=1e-3", resolve("tiny")).points
     assert [point["model.moe.top_k"] for point in points] == [1, 2]

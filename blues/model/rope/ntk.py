@@ -34,9 +34,10 @@ class NTKAware(Scaled, variant="ntk"):
 class DynamicNTK(Extended, variant="dynamic_ntk"):
     """Dynamic NTK scaling (arXiv 2309.00071, section 3.3): beyond the original length the base grows with the text.
 
-    base = theta * (s l / L - (s - 1))^(C/(C-2)) for a text of l > L tokens. All queries and keys of a forward turn by
-    the base of its length, those in the cache too. What a deeper layer reads of an earlier token was computed when the
-    text was shorter, so beyond L generation is not the same computation as reading the whole text at once.
+    base = theta * (s l / L - (s - 1))^(C/(C-2)) for a text of l > L tokens: at factor s = 1 just what l / L asks for,
+    above it more. All queries and keys of a forward turn by the base of its length, those in the cache too. But what
+    a deeper layer reads of an earlier token was computed when the text was shorter, so beyond L generation is not the
+    same computation as reading the whole text at once.
     """
 
     @cfg.configclass
@@ -57,7 +58,7 @@ class DynamicNTK(Extended, variant="dynamic_ntk"):
     def frequencies(self, device: torch.device, length: int | Tensor) -> Tensor:
         """See the family."""
         L, factor = self.original_length, self.config.factor
-        longest = length.clamp(min=L) if isinstance(length, Tensor) else max(length, L)
+        longest = length.clamp(min=L).double() if isinstance(length, Tensor) else max(length, L)
         stretch = factor * longest / L - (factor - 1)
         return self.geometric(device, self.config.theta * stretch**self.exponent)
 
