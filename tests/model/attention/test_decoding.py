@@ -205,3 +205,27 @@ def test_the_penalty_shortens_spans_and_is_reported():
     torch.testing.assert_close(grad - free_grad, 0.25 * 16 / 4 * slope)
     plain = model_of(SlidingWindow.Config(window=3))
     assert plain(ids[:, :-1], ids[:, 1:]).losses.attention_span == 0
+
+
+@pytest.mark.parametrize("name", ["by_head", "adaptive_window"])
+def test_a_compiled_model_computes_the_same_in_one_graph(name):
+    model = model_of(PATTERNS[name][-1], moe=None)
+    ids, documents = tokens(model, length=LENGTH), torch.arange(LENGTH).div(11, rounding_mode="floor").expand(2, -1)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits_BTV, model(ids).logits_BTV, atol=1e-12, rtol=0)
+    within = compiled(ids, documents=documents).logits_BTV
+    torch.testing.assert_close(within, model(ids, documents=documents).logits_BTV, atol=1e-12, rtol=0)
+
+
+def test_a_compiled_model_finds_the_block_masks_that_forwards_before_have_left():
+    model = model_of(SlidingWindow.Config(window=5), attention__backend="flex", moe=None)
+    ids = tokens(model, length=LENGTH)
+    with torch.no_grad():
+        expected = model(ids).logits_BTV
+        counts = model.block_masks.counts()
+        assert (counts.hits, counts.misses) == (0, 1)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids).logits_BTV, expected, atol=1e-5, rtol=1e-5)
+    assert model.block_masks.counts() == counts

@@ -5,8 +5,6 @@ In: the members' rules. Out: one rule.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -31,9 +29,13 @@ class Composed(AttentionPattern):
 
     config: Config
 
-    @cached_property
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._children: tuple[AttentionPattern, ...] = tuple(pattern.build() for pattern in config.patterns)
+
+    @property
     def children(self) -> tuple[AttentionPattern, ...]:
-        return tuple(pattern.build() for pattern in self.config.patterns)
+        return self._children
 
     def for_layer(self, layer: int) -> AttentionPattern:
         resolved = tuple(child.for_layer(layer).config for child in self.children)
