@@ -106,8 +106,7 @@ def coactivation_heatmap(part: Report, output: str | Path, *, title: str) -> Pat
         np.fill_diagonal(table, np.nan)
     top = max((float(np.nanmax(table)) for table in tables if table.size > 1), default=0.0)
     norm, colors = Normalize(0, max(top, 1e-6)), _colors("together", SEQUENTIAL)
-    cell = 0.46 if max(len(table) for table in tables) <= MOST_NUMBERED else 0.2
-    figure, panels = _panels(len(layers), cell * max(len(table) for table in tables), None, title)
+    figure, panels = _panels(len(layers), _width(max(len(table) for table in tables)), None, title)
     for axes, layer, table in zip(panels, layers, tables, strict=True):
         mesh = _matrix(axes, table, norm, colors, f"layer {layer['layer']}", _evenly(layer))
         _expert_ticks(axes, len(table), "x")
@@ -128,8 +127,7 @@ def affinity_heatmap(part: Report, kind: str, output: str | Path, *, title: str)
     top = max(2.0, *(float(table.max()) for table in relative))
     norm, colors = TwoSlopeNorm(1.0, 0.0, top), _colors("affinity", LOAD_COLORS)
     widest = max(table.shape[1] for table in tables)
-    cell = 0.46 if widest <= MOST_NUMBERED else 0.2
-    figure, panels = _panels(len(layers), cell * widest, 0.34 * len(labels), title, share_y=True)
+    figure, panels = _panels(len(layers), _width(widest), 0.34 * len(labels), title, share_y=True)
     total = max(1, sum(tokens_G))
     for number, (axes, layer, table, ratio, share) in enumerate(
         zip(panels, layers, tables, relative, even, strict=True)
@@ -284,8 +282,9 @@ def _expert_row(axes: Axes, layer: Report, kind: str, expert: int, y: float) -> 
     axes.text(0.62, y, str(expert), fontsize=9.5, color=INK, va="center", ha="right", fontweight="bold")
     axes.text(1.3, y, _percent(layer["load_E"][expert]), fontsize=8.5, color=MUTED, va="center", ha="right")
     step, left = 1.45, 1.45
+    even = layer["experts_per_token"] / layer["num_experts"]
     for place, entry in enumerate(layer["kinds"][kind]["specific_EN"][expert][:CHIPS]):
-        x, color = left + step * place, colors(0.85 * entry["share"])
+        x, color = left + step * place, colors(0.75 * max(0.0, entry["share"] - even) / max(1 - even, 1e-6))
         box = FancyBboxPatch(
             (x, y - 0.125), step - 0.1, 0.25, boxstyle="round,pad=0,rounding_size=0.06", facecolor=color, linewidth=0
         )
@@ -295,6 +294,11 @@ def _expert_row(axes: Axes, layer: Report, kind: str, expert: int, y: float) -> 
         common: dict[str, Any] = {"va": "center_baseline", "color": ink, "parse_math": False}
         axes.text(x + 0.07, y + 0.005, text, fontsize=8.5, family=MONO, **common)
         axes.text(x + step - 0.16, y + 0.005, f"{100 * entry['share']:.0f}", fontsize=7, ha="right", **common)
+
+
+def _width(num_experts: int) -> float:
+    """Inches of a panel with a column for each expert."""
+    return 0.46 * num_experts if num_experts <= MOST_NUMBERED else 4.2
 
 
 def _columns(panels: int) -> int:
