@@ -24,7 +24,7 @@ from blues.errors import ConfigError, DataError
 from blues.evaluation.perplexity import Score, Windows, byte_lengths, perplexity, score_windows, spread
 from blues.evaluation.unigram import UnigramEntropy, unigram_entropy
 from blues.inference.loading import LoadedModel
-from blues.model.transformer import is_mixture
+from blues.model.moe.layer import mixtures
 from blues.table import align
 from blues.tracking.metrics import ExpertStatistics, ExpertSummary
 
@@ -323,18 +323,23 @@ def recorded_dataset(loaded: LoadedModel) -> Dataset:
 
 def make_statistics(loaded: LoadedModel) -> ExpertStatistics | None:
     """Counters for the model's mixture layers; None if it has none."""
-    config = loaded.config
-    layers = [layer for layer in range(config.num_layers) if is_mixture(config, layer)]
-    if config.moe is None or not layers:
+    layers = mixtures(loaded.model) if loaded.config.moe is not None else []
+    if not layers:
         return None
-    return ExpertStatistics(layers, config.moe.num_experts, loaded.device)
+    sizes = [moe.router.num_experts for _, moe in layers]
+    return ExpertStatistics([layer for layer, _ in layers], sizes, loaded.device)
 
 
 def expert_table(experts: ExpertSummary) -> str:
     """Share of its layer's tokens that every expert got, MaxVio (0 = balanced) and load entropy (1 = balanced)."""
-    header = ["layer", "MaxVio", "entropy", *(f"e{expert}" for expert in range(len(experts.load_LE[0])))]
+    most = max(len(load_E) for load_E in experts.load_LE)
+    header = ["layer", "MaxVio", "entropy", *(f"e{expert}" for expert in range(most))]
     rows = [
-        [str(layer), f"{violation:.2f}", f"{entropy:.3f}", *(f"{100 * share:.1f}%" for share in load_E)]
+        [
+            *(str(layer), f"{violation:.2f}", f"{entropy:.3f}"),
+            *(f"{100 * share:.1f}%" for share in load_E),
+            *[""] * (most - len(load_E)),
+        ]
         for layer, violation, entropy, load_E in zip(
             experts.layers, experts.balance_L, experts.load_entropy_L, experts.load_LE, strict=True
         )

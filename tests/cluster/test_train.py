@@ -18,12 +18,14 @@ import torch
 import blues
 from blues import config as cfg
 from blues.cluster import session
-from blues.cluster.train import choose_device, run_training
+from blues.cluster.train import _Run, choose_device, run_training
 from blues.errors import CheckpointError, ClusterError, ConfigError, DataError
 from blues.experiment import Experiment
 from blues.tracking.spool import read_history
 from blues.tracking.tracker import MemoryTracker
 from blues.training.checkpoint import latest_checkpoint, step_folder
+from blues.training.observer import Event
+from tests.tracking.test_specialization_plots import make_report
 from tests.training.test_trainer import assert_identical, train
 from tests.training.tiny import experiment, make_dataset, run_workers
 
@@ -280,3 +282,17 @@ def test_a_growing_cluster_may_still_bring_the_gpus(data):
     undecided = two_workers(data, **{"parallel.device": "auto"})
     with pytest.raises(ConfigError, match="no GPU now.*device=cuda to wait for them, or .*device=cpu"):
         choose_device(undecided, 0, all_there_is=False)
+
+
+def test_a_report_on_the_experts_reaches_the_tracker_with_its_figures(data, tmp_path):
+    """The file of all figures, and PNGs that the next report replaces."""
+    make_report(tmp_path / "specialization", 10, [4])
+    tracker, exp = MemoryTracker(), two_workers(data)
+    run = _Run(exp, tmp_path, tracker, None, None, "")
+    path = tmp_path / "specialization" / "step-00000010.json"
+    metrics = {"experts/coactivation": 0.5}
+    run._handle(Event(kind="specialization", step=10, metrics=metrics, details={"path": str(path)}))
+    assert tracker.history("experts/coactivation") == [(10, 0.5)]
+    names = {(str(Path(file).relative_to(tmp_path)), folder) for file, folder in tracker.artifacts}
+    assert ("specialization/step-00000010.json", "specialization") in names
+    assert {("figures/coactivation.png", "figures"), ("figures/vocabulary_input.png", "figures")} <= names
