@@ -45,16 +45,17 @@ class Tables:
     def get(self, rope: Turning, device: torch.device, length: int) -> tuple[Tensor, Tensor]:
         """`cos_SP, sin_SP` of a text of `length` tokens, S >= length; made, or at least doubled, where too short."""
         key = (device, rope.length_key(length))
-        rows = len(self._tables[key][0]) if key in self._tables else 0
-        if rows < length:
+        table = self._tables.pop(key, None)
+        rows = 0 if table is None else len(table[0])
+        if table is None or rows < length:
             with torch.inference_mode(False), torch.no_grad():  # training may use what generation has made
                 positions_1S = torch.arange(max(length, 2 * rows), device=device)[None]
                 cos_1SP, sin_1SP = rope.compute(positions_1S, length)
-            self._tables[key] = cos_1SP[0], sin_1SP[0]
-        self._tables.move_to_end(key)
+            table = cos_1SP[0], sin_1SP[0]
+        self._tables[key] = table  # the latest in use comes last
         while len(self._tables) > self._entries:
             self._tables.popitem(last=False)
-        return self._tables[key]
+        return table
 
     @property
     def num_bytes(self) -> int:

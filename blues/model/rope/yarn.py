@@ -52,11 +52,12 @@ class YaRN(Extended, variant="yarn"):
     def __init__(self, config: Config, *, head_dim: int, max_seq_len: int | None = None) -> None:
         super().__init__(config, head_dim=head_dim, max_seq_len=max_seq_len)
         self.attention_factor = _attention_factor(config)
+        self.ramp = self._ramp()
 
     def frequencies(self, device: torch.device, length: int | Tensor) -> Tensor:
         """See the family."""
         fast_P = self.geometric(device, self.config.theta)
-        low, high = self._ramp()
+        low, high = self.ramp
         pairs_P = torch.arange(self.head_dim // 2, device=device, dtype=torch.float32)
         slow_P = ((pairs_P - low) / (high - low)).clamp(0, 1)
         return fast_P * (1 - slow_P) + fast_P / self.config.factor * slow_P
@@ -67,6 +68,12 @@ class YaRN(Extended, variant="yarn"):
         if self.config.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.head_dim - 1)
+        if low > high:
+            raise ConfigError(
+                f"attention.rope.original_length: within {self.original_length} tokens the pairs of base "
+                f"{self.config.theta:g} all turn fewer times than beta_slow, or all more than beta_fast; YaRN has no "
+                "ramp to lay between them"
+            )
         return low, high if high != low else high + 0.001
 
     def _pair(self, turns: float) -> float:

@@ -149,6 +149,8 @@ def test_a_name_alone_extends_a_quarter_of_the_context():
         ("dynamic_ntk", {"original_length": 4096}, "original_length: 4096 .* more than the 2048 .*max_seq_len"),
         ("yarn", {"beta_fast": 1.0, "beta_slow": 2.0}, "beta_fast: must be above beta_slow"),
         ("yarn", {"theta": 1.0}, "theta: .* above 1"),
+        ("yarn", {"original_length": 2}, "original_length: within 2 tokens the pairs .* fewer times than beta_slow"),
+        ("yarn", {"theta": 1.5}, "original_length: within 512 tokens the pairs of base 1.5 .* more than beta_fast"),
         ("yarn", {"mscale": 1.0}, "mscale: counts only together with mscale_all_dim"),
         ("yarn", {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0}, "attention_factor: .* one of them"),
         ("yarn", {"attention_factor": 0.0}, "attention_factor: must be positive"),
