@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
-from blues.model.attention.patterns import AttentionPattern, Pairs, TokenTree
+from blues.model.attention.blocks import build_block_mask
+from blues.model.attention.patterns import AttentionPattern, Pairs, TokenTree, pairs_of
 
 logger = logging.getLogger("blues")
 
@@ -142,5 +143,10 @@ def block_mask_of_tokens(
             pairs = pairs._replace(query_tin=tree.tin_BS[b, q], key_tin=tree.tin_BS[b, k], key_tout=tree.tout_BS[b, k])
         return pattern.element(pairs)
 
-    heads, length = num_heads if pattern.differs_by_head else None, positions_BT.shape[1]
-    return create_block_mask(mask_mod, batch, heads, length, length, device=positions_BT.device)
+    every = pairs_of(positions_BT, positions_BT, num_heads, documents_BT=documents_BT, tree=tree)
+
+    def allowed(start: int, end: int) -> Tensor:
+        return pattern.element(every.of_queries(start, end))
+
+    length = positions_BT.shape[1]
+    return build_block_mask(allowed, mask_mod, length, length)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from blues import config as cfg
 from blues.config import FAMILIES
 from blues.errors import ConfigError
+from blues.model.attention.blocks import build_block_mask
 from blues.model.attention.layer import make_view, make_views
 from blues.model.attention.masks import BlockMasks, positions_within_documents
 from blues.model.attention.patterns import (
@@ -133,6 +134,29 @@ def blocks_of(mask_HTS: torch.Tensor, block: int = 128) -> torch.Tensor:
     pad = -mask_HTS.shape[-1] % block
     padded = torch.nn.functional.pad(mask_HTS, (0, pad, 0, pad))
     return padded.unflatten(1, (-1, block)).unflatten(3, (-1, block)).any(dim=4).any(dim=2)
+
+
+@SETTINGS
+@given(composed, st.integers(1, 500), st.sampled_from([1, 2**17, 2**25]))
+def test_block_masks_are_those_that_torch_makes(config, length, entries):
+    pattern = config.build()
+    heads, positions = HEADS if pattern.differs_by_head else 1, torch.arange(length)[None]
+    mask_mod = pattern.block_mask(length, CPU, HEADS).mask_mod
+    ours = build_block_mask(
+        lambda start, end: pattern.mask(positions[:, start:end], positions, HEADS),
+        mask_mod,
+        length,
+        length,
+        entries=entries,
+    )
+    theirs = create_block_mask(mask_mod, None, heads, length, length, device="cpu")
+    assert ours.shape == theirs.shape and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for count, index in (("kv_num_blocks", "kv_indices"), ("full_q_num_blocks", "full_q_indices")):
+        real = torch.arange(getattr(ours, index).shape[-1]) < getattr(ours, count)[..., None]
+        assert torch.equal(getattr(ours, index)[real], getattr(theirs, index)[real]), index
 
 
 @everyone

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from blues import config as cfg
 from blues.errors import ConfigError
+from blues.model.attention.blocks import build_block_mask
 
 SELF_CHECK = 4096
 """Positions from 0 at which `check` looks whether a query sees itself."""
@@ -49,6 +50,15 @@ class Pairs(NamedTuple):
     query_tin: Tensor | None = None
     key_tin: Tensor | None = None
     key_tout: Tensor | None = None
+
+    def of_queries(self, start: int, end: int) -> Pairs:
+        """Of dense pairs, those of the queries start..end-1."""
+        document, tin = self.query_document, self.query_tin
+        return self._replace(
+            query=self.query[:, :, start:end],
+            query_document=None if document is None else document[:, :, start:end],
+            query_tin=None if tin is None else tin[:, :, start:end],
+        )
 
 
 class AttentionPattern(cfg.Configurable, family="attention_pattern"):
@@ -121,8 +131,12 @@ class AttentionPattern(cfg.Configurable, family="attention_pattern"):
         def mask_mod(_b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return self.element(Pairs(q, k, h))
 
-        heads = num_heads if self.differs_by_head else None
-        return create_block_mask(mask_mod, None, heads, length, length, device=device)
+        positions_1T = torch.arange(length, device=device)[None]
+
+        def allowed(start: int, end: int) -> Tensor:
+            return self.mask(positions_1T[:, start:end], positions_1T, num_heads)
+
+        return build_block_mask(allowed, mask_mod, length, length)
 
     def check(self, num_heads: int, num_layers: int) -> None:
         """Refuse what cannot work in a model of so many query heads per layer and so many layers.

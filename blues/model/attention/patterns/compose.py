@@ -170,8 +170,10 @@ class ByHead(Composed, variant="by_head"):
         return len(set(self.children)) > 1 or any(child.differs_by_head for child in self.children)
 
     def rule(self, pairs: Pairs) -> Tensor:
-        turn = pairs.head % len(self.children)
         seen = self.children[0].rule(pairs)
+        if not self.differs_by_head:
+            return seen
+        turn = pairs.head % len(self.children)
         for number, child in enumerate(self.children[1:], start=1):
             seen = torch.where(turn == number, child.rule(pairs), seen)
         return seen
