@@ -113,7 +113,9 @@ class Transformer(nn.Module, cfg.Configurable):
             )
             for layer in range(config.num_layers)
         )
-        self.balanced_by_loss = all(moe.router.balanced_by == "loss" for _, moe in mixtures(self))
+        routers = [moe.router for _, moe in mixtures(self)]
+        self.balanced_by_loss = all(router.balanced_by == "loss" for router in routers)
+        self.softmax_routers = all(router.is_softmax for router in routers)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None
         if not config.tie_embeddings:
@@ -189,7 +191,7 @@ class Transformer(nn.Module, cfg.Configurable):
             cross_entropy,
             routing,
             load_balancing_weight=moe.load_balancing_weight if moe and self.balanced_by_loss else 0.0,
-            router_z_weight=moe.router_z_weight if moe else 0.0,
+            router_z_weight=moe.router_z_weight if moe and self.softmax_routers else 0.0,
             scope=moe.load_balancing_scope if moe else "micro_batch",
             rows=rows,
             load=load,

@@ -138,6 +138,18 @@ def test_a_router_that_balances_itself_has_no_balancing_loss_and_the_figure_is_r
     assert all(torch.equal(plain[name], weighted[name]) for name in plain)
 
 
+@pytest.mark.parametrize(("variant", "applies"), [("softmax_top_k", True), ("relu", False), ("sigmoid_bias", False)])
+def test_the_z_loss_applies_to_a_softmax_alone(variant, applies):
+    ids = tokens(small().build())
+    totals = []
+    for weight in (0.0, 5.0):
+        model = lively(small(moe__router=variant, moe__router_z_weight=weight).build())
+        losses = model(ids, ids).losses
+        totals.append(losses.total)
+        assert losses.router_z > 0
+    assert torch.equal(*totals) != applies
+
+
 HEAVY = {"moe__load_balancing_weight": 3.0, "moe__router_z_weight": 0.5, "moe__router": "softmax_top_k"}
 """Auxiliary losses so heavy that a wrong scale shows in every gradient."""
 

@@ -48,6 +48,9 @@ class Router(nn.Module, cfg.Configurable, family="router"):
 
     balanced_by: ClassVar[Literal["loss", "itself"]] = "loss"
     """Whether the load-balancing loss applies. "itself": its weight counts as 0, the figure is still reported."""
+    is_softmax: ClassVar[bool] = True
+    """Whether probabilities are a softmax of the logits, which no common shift changes: the z-loss, which shifts them,
+    applies to such routers alone. It would close every gate of the others. Else as `balanced_by="itself"`."""
     empty_slots: ClassVar[bool] = False
     """Whether a routing has many more slots than experts chosen; kernels then leave their rows out, at a wait."""
 

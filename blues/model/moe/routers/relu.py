@@ -24,11 +24,14 @@ class ReLURouter(LinearRouter, variant="relu"):
     A token goes to every expert whose gate relu(logit) is positive, with the gate as weight. The penalty is
     strength * sum_e f_e * (mean gate of e), where f_e is e's load over the mean load that k experts a token would give
     so that busy experts are pushed back most. After every update the strength grows by the factor `growth` if more than
-    k of E gates are open, and shrinks by it if fewer; here in each layer for itself, in the paper for all layers
-    together. Training starts with about half of all experts open.
+    k of E gates are open, and shrinks by it if fewer. Here each layer has a strength of its own (the paper: one for
+    all), and it never falls below the first one, or it would take hundreds of updates to come back. Training starts
+    with about half of all gates open; then all open, and the penalty closes them. At high learning rates a layer may
+    close nearly all for some hundred updates before it settles at k.
     """
 
     balanced_by = "itself"
+    is_softmax = False
     empty_slots = True
 
     @cfg.configclass
@@ -65,3 +68,4 @@ class ReLURouter(LinearRouter, variant="relu"):
     def adapt(self, sums_S: Tensor) -> None:
         too_many = sums_S[0] / sums_S[1] - self.top_k / self.num_experts
         self.strength *= self.config.growth ** too_many.sign()
+        self.strength.clamp_(min=self.config.first_strength)

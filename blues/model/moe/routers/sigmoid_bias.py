@@ -28,6 +28,7 @@ class SigmoidBias(LinearRouter, variant="sigmoid_bias"):
     """
 
     balanced_by = "itself"
+    is_softmax = False
 
     @cfg.configclass
     class Config(Router.Config):

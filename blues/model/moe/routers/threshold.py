@@ -23,6 +23,8 @@ class ExpertThreshold(CutoffRouter, variant="threshold"):
     the threshold is 0.
     """
 
+    is_softmax = False
+
     def start(self) -> float:
         return 0.0
 

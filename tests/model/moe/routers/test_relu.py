@@ -35,6 +35,8 @@ def test_the_strength_follows_the_sparsity():
         router.adapt(torch.tensor([open_gates, 60.0]))
         strengths.append(router.strength.item())
     assert strengths == pytest.approx([0.15, 0.1, 0.1])
+    router.adapt(torch.tensor([10.0, 60.0]))
+    assert router.strength.item() == pytest.approx(0.1), "never below the first"
 
 
 def test_statistics_count_open_gates():
