@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,24 @@ class ProbeRecord:
 
 @dataclass(frozen=True)
 class SaturationCurve:
-    """Router saturation against the last probe: `share_SL[step][layer]`, 1 at the end."""
+    """Router saturation against the last probe: `share_SL[step][layer]`, 1 at the end; `even_L` is what experts drawn
+    evenly would have (k / E)."""
 
     steps: list[int]
     layers: tuple[int, ...]
     share_SL: list[list[float]]
+    even_L: list[float]
+
+    @classmethod
+    def of(
+        cls, ids_by_step: Mapping[int, Tensor], layers: Sequence[int], num_experts: Sequence[int]
+    ) -> SaturationCurve:
+        """Of the same tokens' `ids_NLK` at each step."""
+        steps, share_SL = saturation_curve(ids_by_step, max(num_experts))
+        last_NLK = ids_by_step[steps[-1]]
+        chosen = [(last_NLK[:, number] < experts).sum() for number, experts in enumerate(num_experts)]
+        even_L = [float(c) / len(last_NLK) / experts for c, experts in zip(chosen, num_experts, strict=True)]
+        return cls(steps, tuple(layers), share_SL, even_L)
 
 
 def write_probe(folder: Path, step: int, ids_NLK: Tensor, layers: Sequence[int], num_experts: Sequence[int]) -> Path:
@@ -114,8 +127,7 @@ def read_saturation(folder: Path) -> SaturationCurve | None:
     }
     if len(alike) < 2:
         return None
-    steps, share_SL = saturation_curve(alike, max(last.num_experts))
-    return SaturationCurve(steps, last.layers, share_SL)
+    return SaturationCurve.of(alike, last.layers, last.num_experts)
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -41,6 +41,8 @@ MOST_EXPERTS = 12
 """Rows of a layer in a table of tokens, those of the busiest experts."""
 MOST_NUMBERED = 12
 """Experts of a matrix whose cells have room for a number."""
+CAPPED, MOST_TIMES = 0.995, 4.0
+"""Where colours end: a quantile of co-activations, a multiple of an indifferent expert's share."""
 CHIPS = 8
 """Tokens listed of each expert."""
 CHIP_CHARACTERS = 12
@@ -104,7 +106,8 @@ def coactivation_heatmap(part: Report, output: str | Path, *, title: str) -> Pat
     tables = [np.array(layer["coactivation_EE"]) for layer in layers]
     for table in tables:
         np.fill_diagonal(table, np.nan)
-    top = max((float(np.nanmax(table)) for table in tables if table.size > 1), default=0.0)
+    shares = np.concatenate([table[~np.isnan(table)] for table in tables])
+    top = float(np.quantile(shares, CAPPED)) if shares.size else 0.0  # one odd pair must not fade all the others
     norm, colors = Normalize(0, max(top, 1e-6)), _colors("together", SEQUENTIAL)
     figure, panels = _panels(len(layers), _width(max(len(table) for table in tables)), None, title)
     for axes, layer, table in zip(panels, layers, tables, strict=True):
@@ -113,7 +116,7 @@ def coactivation_heatmap(part: Report, output: str | Path, *, title: str) -> Pat
         _expert_ticks(axes, len(table), "y")
     figure.supxlabel("also went to expert", fontsize=10, color=INK)
     figure.supylabel("of the tokens of expert", fontsize=10, color=INK)
-    _bar(figure, panels, mesh, "share of the row's tokens")
+    _bar(figure, panels, mesh, "share of the row's tokens", beyond=bool(shares.size) and shares.max() > top)
     return write(figure, output)
 
 
@@ -124,7 +127,7 @@ def affinity_heatmap(part: Report, kind: str, output: str | Path, *, title: str)
     tables = [np.array(layer["kinds"][kind]["share_GE"])[labels] for layer in layers]
     even = [layer["experts_per_token"] / layer["num_experts"] for layer in layers]
     relative = [table / max(share, 1e-9) for table, share in zip(tables, even, strict=True)]
-    top = max(2.0, *(float(table.max()) for table in relative))
+    top = min(max(2.0, *(float(table.max()) for table in relative)), MOST_TIMES)
     norm, colors = TwoSlopeNorm(1.0, 0.0, top), _colors("affinity", LOAD_COLORS)
     widest = max(table.shape[1] for table in tables)
     figure, panels = _panels(len(layers), _width(widest), 0.34 * len(labels), title, share_y=True)
@@ -137,8 +140,10 @@ def affinity_heatmap(part: Report, kind: str, output: str | Path, *, title: str)
         if number % _columns(len(layers)) == 0:
             texts = [f"{shorten(names[label], 20)}  {_percent(tokens_G[label] / total)}" for label in labels]
             axes.set_yticks(np.arange(len(labels)) + 0.5, texts)
-    figure.supxlabel("expert; numbers are % of the row's tokens that it takes", fontsize=10, color=INK)
-    _bar(figure, panels, mesh, "times an indifferent expert's share", ratio=True)
+    numbers = "; numbers are % of the row's tokens that it takes" if widest <= MOST_NUMBERED else ""
+    figure.supxlabel(f"expert{numbers}", fontsize=10, color=INK)
+    beyond = any(table.max() > top for table in relative)
+    _bar(figure, panels, mesh, "times an indifferent expert's share", ratio=True, beyond=beyond)
     return write(figure, output)
 
 
@@ -213,10 +218,14 @@ def saturation_figure(curve: SaturationCurve, output: str | Path, *, title: str)
     for number in range(len(curve.layers)):
         color = colors(number / max(1, len(curve.layers) - 1))
         axes.plot(curve.steps, table[:, number], color=color, linewidth=1.7, marker="o", markersize=3.5)
+    even = sum(curve.even_L) / len(curve.even_L)
+    axes.axhline(even, color=MUTED, linewidth=1.2, linestyle=(0, (1, 1.5)))
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-4, -4), "textcoords": "offset points"}
+    text = f"experts drawn evenly: {100 * even:.3g}%"
+    axes.annotate(text, (0.995, even), color=MUTED, fontsize=9, ha="right", va="top", **place)
     _depth_key(axes, curve, colors)
     _plain_axes(axes)
-    low = max(0.0, math.floor(10 * float(table.min()) - 0.5) / 10)
-    axes.set_ylim(low, 1.02)
+    axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step", fontsize=10, color=INK)
@@ -365,8 +374,11 @@ def _expert_ticks(axes: Axes, num_experts: int, side: str) -> None:
     (axes.xaxis if side == "x" else axes.yaxis).set_ticks(experts + 0.5, [str(expert) for expert in experts])
 
 
-def _bar(figure: Figure, panels: list[Axes], mesh: Any, label: str, *, ratio: bool = False) -> None:
-    bar = figure.colorbar(mesh, ax=panels, pad=0.02, aspect=24, shrink=0.9)
+def _bar(
+    figure: Figure, panels: list[Axes], mesh: Any, label: str, *, ratio: bool = False, beyond: bool = False
+) -> None:
+    extend: Any = "max" if beyond else "neither"
+    bar = figure.colorbar(mesh, ax=panels, pad=0.02, aspect=24, shrink=0.9, extend=extend)
     bar.ax.tick_params(labelsize=8.5, length=2, labelcolor=MUTED)
     if ratio:
         ticks = [0.0, 0.5, 1.0, (1 + mesh.norm.vmax) / 2, mesh.norm.vmax]
@@ -384,7 +396,7 @@ def _depth_key(axes: Axes, curve: SaturationCurve, colors: Colormap) -> None:
     named = range(last + 1) if last < 8 else (0, last // 2, last)
     for number in named:
         axes.plot([], [], color=colors(number / max(1, last)), linewidth=2, label=f"layer {curve.layers[number]}")
-    axes.legend(frameon=False, fontsize=9, loc="lower right", labelcolor=INK)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", labelcolor=INK)
 
 
 def _plain_axes(axes: Axes) -> None:

@@ -20,7 +20,6 @@ from blues.errors import CheckpointError
 from blues.model.moe.layer import mixtures
 from blues.model.transformer import Transformer
 from blues.tracking.metrics import stack_ids
-from blues.tracking.specialization import saturation_curve
 from blues.tracking.specialization_files import SaturationCurve
 from blues.training.checkpoint import checkpoint_folders, read_checkpoint
 
@@ -94,5 +93,5 @@ def saturation_of_checkpoints(
             raise CheckpointError(f"{folder} has no mixture of experts, so there is no routing to compare")
         model.load_state_dict(checkpoint.load_model_state())
         ids_by_step[checkpoint.step] = Probe(data, num_samples).route(model.to(device))
-    steps, share_SL = saturation_curve(ids_by_step, max(moe.router.num_experts for _, moe in layers))
-    return SaturationCurve(steps, tuple(layer for layer, _ in layers), share_SL)
+    sizes = [moe.router.num_experts for _, moe in layers]
+    return SaturationCurve.of(ids_by_step, [layer for layer, _ in layers], sizes)
