@@ -107,7 +107,8 @@ def make_view(
 
     Raises:
         ValueError: documents together with a cache, which does not know the numbers of the tokens it holds; a tree of
-            another number of tokens, or none where the pattern needs one.
+            another number of tokens.
+        ConfigError: no tree where the pattern needs one.
     """
     views = make_views(
         [(rope, pattern)],
@@ -182,6 +183,11 @@ def _places(
 
 def _sight(pattern: AttentionPattern, places: Places, num_heads: int, block_masks: BlockMasks | None) -> View:
     """How queries see keys, without the rotation."""
+    if pattern.needs_tree and places.tree is None:
+        raise ConfigError(
+            "attention.pattern: prefix_syntax needs a tree of the tokens, and none came with them; pass "
+            "tree=TokenTree(...) to the model, or choose another pattern"
+        )
     queries_BT, keys_BS = places.query_positions_BT, places.key_positions_BS
     T, S = queries_BT.shape[1], keys_BS.shape[1]
     view = View(None, None, None, False, query_positions_BT=queries_BT, key_positions_BS=keys_BS)

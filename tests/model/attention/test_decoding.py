@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blues.errors import ConfigError
 from blues.inference.cache import Cache
 from blues.kernels.attention import dense_mask
 from blues.model.attention.layer import make_view
@@ -147,7 +148,7 @@ def test_recomputation_changes_no_gradient(config):
 
 def test_a_tree_must_be_there_and_have_every_token():
     model = model_of(PrefixSyntax.Config(window=2))
-    with pytest.raises(ValueError, match="prefix_syntax needs a tree of the tokens"):
+    with pytest.raises(ConfigError, match="prefix_syntax needs a tree of the tokens, and none came with them"):
         model(tokens(model))
     with pytest.raises(ValueError, match="tree: has 15 and 15 tokens per row, needs one for each of the 16"):
         model(tokens(model), tree=random_tree(2, 15))
