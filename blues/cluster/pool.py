@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import pyarrow as pa
+
 from blues.cluster import session
 from blues.errors import BluesError, DataError
 
@@ -87,10 +89,11 @@ def _stream(
             num_cpus=1,
             **options,
         )
-    for row in done.iter_rows():
-        if row["error"]:
-            raise DataError(row["error"])
-        yield int(row["task"]), pickle.loads(row["result"])
+    for block in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):  # none is held back
+        for row in cast(pa.Table, block).to_pylist():
+            if row["error"]:
+                raise DataError(row["error"])
+            yield row["task"], pickle.loads(row["result"])
 
 
 @contextlib.contextmanager
