@@ -69,28 +69,39 @@ class UpdateLoad:
         return counts_N.split([len(counts_E) for counts_E in counts_LE])
 
 
-def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
+def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None, weights_E: Tensor | None = None) -> Tensor:
     """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4-6, for top-k).
 
     f_e is the share of the assignments that expert e got (of `counts_E` if given, else of this routing's own, T*K if
     every slot holds an expert), P_e its mean clean probability, so perfect balance gives 1 for every K. The gradient
-    flows through P_e alone.
+    flows through P_e alone. The router's own decision counts, whatever rules have taken away since (Switch counts
+    before the capacity, too).
+
+    Args:
+        weights_E: eta, by which the load of each expert is weighed (MoE++, arXiv 2410.07348): experts of a small
+            weight should have more load. It is 1 where f and P are as 1 / eta.
     """
     num_experts = routing.probs_TE.shape[1]
     if counts_E is None:
-        counts_E = count_per_expert(routing.ids_TK, num_experts)
+        counts_E = count_per_expert(routing.as_decided.ids_TK, num_experts)
     share_E = counts_E / counts_E.sum().clamp(min=1)
+    if weights_E is not None:
+        return (1 / weights_E).sum() * (weights_E * share_E * routing.probs_TE.mean(dim=0)).sum()
     return num_experts * (share_E * routing.probs_TE.mean(dim=0)).sum()
 
 
-def sequence_balancing_loss(routing: Routing, rows: int) -> Tensor:
+def sequence_balancing_loss(routing: Routing, rows: int, weights_E: Tensor | None = None) -> Tensor:
     """The mean over the `rows` rows of the batch of `load_balancing_loss` of each."""
     num_experts = routing.probs_TE.shape[1]
-    ids_BTK, probs_BTE = routing.ids_TK.unflatten(0, (rows, -1)), routing.probs_TE.unflatten(0, (rows, -1))
+    ids_BTK = routing.as_decided.ids_TK.unflatten(0, (rows, -1))
+    probs_BTE = routing.probs_TE.unflatten(0, (rows, -1))
     experts_E = torch.arange(num_experts, device=ids_BTK.device)
     counts_BE = (ids_BTK.flatten(1)[..., None] == experts_E).sum(dim=1)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
-    return num_experts * (share_BE * probs_BTE.mean(dim=1)).sum(dim=1).mean()
+    scale: int | Tensor = num_experts
+    if weights_E is not None:
+        share_BE, scale = weights_E * share_BE, (1 / weights_E).sum()
+    return scale * (share_BE * probs_BTE.mean(dim=1)).sum(dim=1).mean()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -107,30 +118,33 @@ def combine_losses(
     scope: Scope = "micro_batch",
     rows: int = 1,
     load: UpdateLoad | None = None,
+    balance: Sequence[Tensor | None] | None = None,
 ) -> Losses:
     """The total that training minimizes and its parts; routers' own penalties are in the total alone.
 
     Args:
         rows: of the batch, for the scope `sequence`.
         load: of the update so far, for the scope `global_batch`; None: this batch is the whole update.
+        balance: `weights_E` of each layer, see `load_balancing_loss`; None: all experts alike.
     """
     if not routings:
         zero = torch.zeros_like(cross_entropy)
         return Losses(cross_entropy, cross_entropy.detach(), zero, zero, zero)
+    weights = balance or [None] * len(routings)
     if scope == "sequence":
-        balances = [sequence_balancing_loss(routing, rows) for routing in routings]
-    elif scope == "global_batch" and load is not None:
-        counts = load.add([count_per_expert(routing.ids_TK, routing.probs_TE.shape[1]) for routing in routings])
-        balances = [load_balancing_loss(*pair) for pair in zip(routings, counts, strict=True)]
+        balances = [sequence_balancing_loss(r, rows, w) for r, w in zip(routings, weights, strict=True)]
     else:
-        balances = [load_balancing_loss(routing) for routing in routings]
-    balance = torch.stack(balances).mean()
+        counts: Sequence[Tensor | None] = [None] * len(routings)
+        if scope == "global_batch" and load is not None:
+            counts = load.add([count_per_expert(r.as_decided.ids_TK, r.probs_TE.shape[1]) for r in routings])
+        balances = [load_balancing_loss(*layer) for layer in zip(routings, counts, weights, strict=True)]
+    mean_balance = torch.stack(balances).mean()
     z = torch.stack([router_z_loss(routing) for routing in routings]).mean()
-    total = cross_entropy + load_balancing_weight * balance + router_z_weight * z
+    total = cross_entropy + load_balancing_weight * mean_balance + router_z_weight * z
     penalties = [routing.penalty for routing in routings if routing.penalty is not None]
     if penalties:
         total = total + torch.stack(penalties).sum() / len(routings)
-    return Losses(total, cross_entropy.detach(), balance.detach(), z.detach(), torch.zeros_like(z))
+    return Losses(total, cross_entropy.detach(), mean_balance.detach(), z.detach(), torch.zeros_like(z))
 
 
 def add_span_penalty(losses: Losses, spans: Sequence[LearnedSpan]) -> Losses:

@@ -66,6 +66,8 @@ class Transformer(nn.Module, cfg.Configurable):
         moe: MoE.Config | None = MoE.Config()
         experts_per_layer: tuple[int, ...] | None = None
         """Experts of each mixture layer, as pruning leaves them; None: `moe.num_experts` in all."""
+        routed_per_layer: tuple[int, ...] | None = None
+        """Experts that each mixture's router knows, where `moe.redirect` makes it more than there are."""
         norm_eps: float = 1e-6
         tie_embeddings: bool = True
         init_std: float = 0.02
@@ -80,11 +82,14 @@ class Transformer(nn.Module, cfg.Configurable):
                 if getattr(self, name) <= 0:
                     raise ConfigError(f"{name}: must be positive, got {getattr(self, name)}")
             mixtures = sum(is_mixture(self, layer) for layer in range(self.num_layers))
-            if self.experts_per_layer is not None and len(self.experts_per_layer) != mixtures:
-                raise ConfigError(
-                    f"experts_per_layer: must have one number for each of the {mixtures} mixture layers, got "
-                    f"{len(self.experts_per_layer)}"
-                )
+            for name in ("experts_per_layer", "routed_per_layer"):
+                numbers = getattr(self, name)
+                if numbers is not None and len(numbers) != mixtures:
+                    raise ConfigError(
+                        f"{name}: must have one number for each of the {mixtures} mixture layers, got {len(numbers)}"
+                    )
+            if (self.routed_per_layer is None) != (self.moe is None or self.moe.redirect is None):
+                raise ConfigError("routed_per_layer: goes with moe.redirect; set both or none (pruning does)")
             self.attention.pattern.build().check(self.attention.num_heads, self.num_layers)
             self.attention.rope.build(head_dim=self.attention.head_dim, max_seq_len=self.max_seq_len)
 
@@ -195,6 +200,7 @@ class Transformer(nn.Module, cfg.Configurable):
             scope=moe.load_balancing_scope if moe else "micro_batch",
             rows=rows,
             load=load,
+            balance=[layer.balance(cross_entropy.device) for _, layer in mixtures(self)],
         )
         return add_span_penalty(losses, [layer.span for layer in self.attentions if layer.span is not None])
 
@@ -282,10 +288,11 @@ class Transformer(nn.Module, cfg.Configurable):
 
     def num_active_parameters(self) -> int:
         """Parameters that one token uses: all but the experts it is not routed to."""
-        if self.config.moe is None:
-            return self.num_parameters()
-        idle = sum(moe.experts.num_experts - moe.config.top_k for _, moe in mixtures(self))
-        return self.num_parameters() - idle * 3 * self.config.dim * self.config.moe.ffn_dim
+        layers = [moe for _, moe in mixtures(self)]
+        idle = sum(p.numel() for moe in layers for p in moe.parameters()) - sum(
+            moe.num_active_parameters() for moe in layers
+        )
+        return self.num_parameters() - idle
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of training per token, forward and backward (PaLM, arXiv 2204.02311, app. B).
@@ -339,7 +346,14 @@ def mixture_config(config: Transformer.Config, layer: int) -> MoE.Config | None:
     """The configuration of `layer`'s mixture with its own number of experts; None for a dense layer."""
     if config.moe is None or not is_mixture(config, layer):
         return None
-    if config.experts_per_layer is None:
-        return config.moe
-    num_experts = config.experts_per_layer[sum(is_mixture(config, earlier) for earlier in range(layer))]
-    return config.moe.replace(num_experts=num_experts, top_k=min(config.moe.top_k, num_experts))
+    number = sum(is_mixture(config, earlier) for earlier in range(layer))
+    moe = config.moe
+    if config.experts_per_layer is not None:
+        num_experts = config.experts_per_layer[number]
+        moe = moe.replace(num_experts=num_experts, top_k=min(moe.top_k, num_experts))
+    if config.routed_per_layer is None:
+        return moe
+    routed = config.routed_per_layer[number]
+    if routed == moe.num_experts:  # nothing was taken from this layer
+        return moe.replace(redirect=None, num_routed=None)
+    return moe.replace(num_routed=routed)

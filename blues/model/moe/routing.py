@@ -37,9 +37,32 @@ class Routing(NamedTuple):
     logits_TE: Tensor
     penalty: Tensor | None = None
     """A scalar that the router wants added to the loss, already weighted; the loss takes the mean over layers."""
+    decided: Routing | None = None
+    """What the router itself decided, where rules (blues/model/moe/rules) have taken pairs away since."""
+    pairs_P: Tensor | None = None
+    """int64, `blues.model.compute.PAIRS`: what became of the pairs, where rules or null experts make a difference."""
+
+    @property
+    def as_decided(self) -> Routing:
+        """The router's own decision, which balancing and adaptation go by."""
+        return self if self.decided is None else self.decided
 
 
-class Router(nn.Module, cfg.Configurable, family="router"):
+class FixedBuffers(nn.Module):
+    """Modules whose floating-point buffers move, but are never rounded, whatever the model is converted to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch does it, but floating-point buffers keep their dtype."""
+        before: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Router(FixedBuffers, cfg.Configurable, family="router"):
     """A family. Members implement `forward(x_TD, context) -> Routing`; they must take any `num_experts`."""
 
     @cfg.configclass
@@ -82,16 +105,6 @@ class Router(nn.Module, cfg.Configurable, family="router"):
 
     def adapt(self, sums_S: Tensor) -> None:
         """Take in the statistics of one update, once after its optimizer step. The same on every worker."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As torch does it, but floating-point buffers keep their dtype: they move, they are never rounded."""
-        before: dict[str, Any] = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
 
 class LinearRouter(Router):

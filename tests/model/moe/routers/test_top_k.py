@@ -28,7 +28,7 @@ def test_the_family_knows_its_members():
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_a_routing_is_distinct_experts_with_weights_of_the_best(config, top_k):
     router = make(config, top_k=top_k).eval()
-    weights, ids, probs, logits, _ = router(tokens(), context())
+    weights, ids, probs, logits, *_ = router(tokens(), context())
     assert ids.shape == weights.shape == (64, top_k) and probs.shape == logits.shape == (64, 6)
     assert all(len(set(row)) == top_k for row in ids.tolist())
     best = probs.topk(top_k)
