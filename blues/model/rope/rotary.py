@@ -27,7 +27,7 @@ class RotaryEmbedding(cfg.Configurable, family="rope"):
     """How fast each pair of channels turns with the position.
 
     attention_factor: what cosines and sines are multiplied by; scores grow by its square.
-    depends_on_length: whether the frequencies change with the length of the text.
+    depends_on_length: whether the frequencies change with the length of the text; in a batch, of its longest row.
     """
 
     @cfg.configclass
