@@ -1,11 +1,15 @@
 """Measure how fast Blues is, beside its peers in the same run and on the same data.
 
-AREA is data: preparing, loading, verifying, deduplicating and updating datasets, beside tiktoken, fastokens, Hugging
+AREA is data or attention; both leave figures over rounds with their spread, recorded with commit, machine, versions,
+seed and load as JSON, a table and a chart. A goal that the mean reaches is met; where a repeat misses it, that is said.
+A peer that is not installed is named and skipped. Ctrl-C keeps what was measured.
+
+data: preparing, loading, verifying, deduplicating and updating datasets, beside tiktoken, fastokens, Hugging
 Face datasets, mosaicml-streaming, litdata and datasketch. What is prepared is Python source: the packages installed
-beside Blues, or any number of folders (--corpus), every file once. Every run is a fresh process; figures are means over
-rounds with their spread and the size of the data, and are recorded with commit, machine, versions, seed and load as
-JSON, a table and a chart. A goal that the mean reaches is met; where a repeat misses it, that is said. A peer that is
-not installed is named with what to install, and skipped. Ctrl-C keeps what was measured.
+beside Blues, or any number of folders (--corpus), every file once. Every run is a fresh process, and figures come with
+the size of the data.
+
+attention: what a model runs, beside every backend, at the shape of Blues-01 on a CUDA device: causal, window, decoding.
 
 examples:
   blues benchmark data
@@ -13,6 +17,7 @@ examples:
   blues benchmark data --only prepare,incremental --corpus work/project .venv/lib --keep
   python -m venv peers && peers/bin/pip install mosaicml-streaming litdata datasets tiktoken
   blues benchmark data --peer-python peers/bin/python
+  blues benchmark attention --only decoding --repeat 5
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--store-gb", type=float, default=10.0, metavar="X", help="size of the dataset that is read")
     data.add_argument("--windows", type=int, default=100_000, metavar="N", help="windows of a run of a loader")
     data.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that prepare")
+    attention = parser.add_argument_group("attention")
+    attention.add_argument("--calls", type=int, default=20, metavar="N", help="calls of a round; their median counts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +89,13 @@ def run_data(args: argparse.Namespace, bench: Bench) -> None:
     measure(bench, options, args.only, keep=args.keep)
 
 
-AREAS = {"data": run_data}
+def run_attention(args: argparse.Namespace, bench: Bench) -> None:
+    from tuning.benchmarks.attention import benchmark
+
+    benchmark(bench, args.only, calls=args.calls, seed=args.seed)
+
+
+AREAS = {"data": run_data, "attention": run_attention}
 """What can be measured, and what does it; each has an argument group of its own above."""
 
 

@@ -12,8 +12,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from blues.errors import ConfigError
 from blues.kernels.attention import BACKENDS, Situation, attention_naive, choose, dense_mask, form_of, supports
+from blues.kernels.attention.blocks import block_mask_of_tensor, block_mask_of_window
 from blues.kernels.attention.choice import candidates
-from blues.kernels.attention.flex import block_mask_of, decoding_group
+from blues.kernels.attention.flex import MAIN_KERNEL, attention_flex, block_mask_of, decoding_group, fits_decoding
 
 CPU = torch.device("cpu")
 TRAINS_ON_CPU = ("naive", "sdpa", "sdpa_math", "sdpa_flash")
@@ -82,6 +83,17 @@ SIGHTS = {
     "newest_token_in_a_window": (1, 12, See(window=(4, 0))),
     "block_mask": (7, 12, See(block_mask=block_mask(random_mask(2, 1, 7, 12), 7, 12))),
 }
+
+
+def steps(out):
+    """Names of all steps of a result's backward; a fused kernel is one of them."""
+    seen, waiting = set(), [out.grad_fn]
+    while waiting:
+        step = waiting.pop()
+        if step is not None and step not in seen:
+            seen.add(step)
+            waiting += [before for before, _ in step.next_functions]
+    return " ".join(sorted(step.name() for step in seen))
 
 
 def case(name, heads):
@@ -169,6 +181,48 @@ def test_a_window_is_its_rule(T, past, left, right, causal):
             assert block.mask_mod(torch.tensor(0), torch.tensor(0), torch.tensor(t), keys).expand(S).tolist() == row
 
 
+def assert_same_blocks(a, b):
+    """Lists of blocks have no meaning behind their number."""
+    assert a.shape == b.shape and a.BLOCK_SIZE == b.BLOCK_SIZE
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        count, others = getattr(a, f"{kind}_num_blocks"), getattr(b, f"{kind}_num_blocks")
+        assert count.dtype == others.dtype == torch.int32 and torch.equal(count, others), kind
+        listed, expected = getattr(a, f"{kind}_indices"), getattr(b, f"{kind}_indices")
+        assert listed.shape == expected.shape
+        meant = torch.arange(listed.shape[-1]) < count[..., None]
+        assert torch.equal(listed[meant], expected[meant]), kind
+
+
+ends = st.sampled_from([-1, 0, 1, 63, 127, 128, 129, 200, 600])
+
+
+@given(st.integers(1, 400), st.integers(0, 300), ends, ends)
+@settings(max_examples=40, deadline=None)
+def test_blocks_of_a_window_are_those_of_its_pairs(T, past, left, right):
+    S = T + past
+    made = block_mask_of_window(left, right, T, S, CPU)
+    assert_same_blocks(made, create_block_mask(made.mask_mod, None, None, T, S, device="cpu"))
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 2), st.integers(1, 3), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_blocks_of_a_mask_are_those_of_its_pairs(T, S, B, H, seed):
+    """Of smooth masks, in which some blocks are empty and some whole."""
+    corner = torch.randint(-200, 200, (B, H, 1, 1), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(T)[:, None] - torch.arange(S) + corner).abs() > 90
+    made = block_mask_of_tensor(mask)
+    shape = [n if n > 1 else None for n in (B, H)]
+    assert_same_blocks(made, create_block_mask(lambda b, h, q, k: mask[b, h, q, k], *shape, T, S, device="cpu"))
+
+
+def test_the_block_mask_of_a_long_window_is_small():
+    """Linear memory: 2,048 blocks of 128 on each side, where the pairs would be 64 Gi."""
+    mask = block_mask_of_window(1023, 0, 2**18, 2**18, CPU)
+    assert mask.kv_num_blocks.sum() == 8 + 2 * 2040 and mask.full_kv_num_blocks.sum() == sum(
+        min(n, 7) for n in range(2048)
+    )
+
+
 def test_the_shortest_form_of_a_sight():
     mask, block = random_mask(1, 2, 2), SIGHTS["block_mask"][2].block_mask
     assert form_of(See()) == "full" and form_of(See(is_causal=True)) == "causal"
@@ -179,6 +233,37 @@ def test_the_shortest_form_of_a_sight():
 @pytest.mark.parametrize(("group", "padded"), [(1, 1), (2, 2), (3, 4), (4, 4), (12, 16), (16, 16), (17, 32)])
 def test_groups_are_padded_for_flex_decoding(group, padded):
     assert decoding_group(group) == padded
+
+
+def test_the_decoding_kernel_of_flex_is_asked_for_what_it_takes():
+    """Its tile holds all rows of a KV head, and lies within a block of the mask."""
+    window = block_mask_of_window(63, 0, 17, 1000, CPU)
+    by_head = create_block_mask(lambda b, h, q, k: q + h >= k, None, 4, 2, 9, device="cpu")
+    small = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cpu", BLOCK_SIZE=64)
+    assert fits_decoding(1, 16, None) and fits_decoding(8, 16, window) and fits_decoding(127, 1, window)
+    assert not fits_decoding(9, 16, None) and not fits_decoding(17, 16, window)
+    assert fits_decoding(2, 1, by_head) and not fits_decoding(2, 4, by_head)
+    assert fits_decoding(4, 16, small) and not fits_decoding(8, 16, small)
+
+
+@pytest.mark.parametrize("heads", [(12, 1), (16, 1), (4, 4)])
+@pytest.mark.parametrize(("T", "window"), [(1, None), (17, (4, 0)), (17, None), (100, (4, 0)), (130, None)])
+def test_flex_names_the_main_kernel_where_the_decoding_kernel_does_not_fit(heads, T, window, monkeypatch):
+    seen, real = [], torch.nn.attention.flex_attention.flex_attention
+
+    def spy(q, k, v, **kwargs):
+        seen.append((q.shape[1] // k.shape[1], kwargs["kernel_options"]))
+        return real(q, k, v, **kwargs)
+
+    monkeypatch.setattr("blues.kernels.attention.flex.flex_attention", spy)
+    tensors = inputs(T=T, S=200, H=heads[0], G=heads[1])
+    with torch.no_grad():
+        out = attention_flex(*tensors, See(window=window))
+    torch.testing.assert_close(out, attention_naive(*tensors, See(window=window)), atol=1e-6, rtol=1e-5)
+    [(group, options)] = seen
+    fits = T * decoding_group(heads[0] // heads[1]) <= 128
+    assert group == (decoding_group(heads[0] // heads[1]) if fits else heads[0] // heads[1])
+    assert options == (None if fits or T >= 128 else MAIN_KERNEL)
 
 
 @pytest.mark.parametrize("heads", [(12, 1), (12, 4), (24, 2)])
@@ -206,15 +291,14 @@ def test_sdpa_equals_naive_in_bfloat16_within_its_rounding():
     assert error < 2**-6, "values are of order 1; bfloat16 keeps 8 bits"
 
 
-@pytest.mark.parametrize(("backend", "kernel"), [("sdpa", "Flash"), ("sdpa_flash", "Flash"), ("sdpa_math", "View")])
+@pytest.mark.parametrize(("backend", "kernel"), [("sdpa", "Flash"), ("sdpa_flash", "Flash"), ("sdpa_math", "Softmax")])
 @pytest.mark.parametrize("name", ["causal", "mask_of_rows", "window"])
 def test_the_kernel_that_was_named_is_the_one_that_runs(backend, kernel, name):
     tensors, sight = case(name, (12, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns where a kernel refuses
         out = BACKENDS[backend].attend(*tensors, sight)
-    step = out.grad_fn.next_functions[0][0].name()  # behind the last transpose
-    assert kernel in step, step
+    assert kernel in steps(out), steps(out)
 
 
 @pytest.mark.parametrize("backend", ["sdpa_cudnn"])
@@ -288,9 +372,9 @@ def test_automatic_trains_every_form_on_every_device(form, dtype):
     [
         (on(), ("flash4", "sdpa_cudnn", "flash2", "sdpa_flash", "sdpa")),
         (on(training=False), ("flash4", "flash2", "sdpa_flash", "sdpa")),
-        (on(form="full", training=False, cache=True), ("flash2", "sdpa_flash", "flash4")),
+        (on(form="full", training=False, cache=True), ("sdpa_flash", "flash2", "flash4")),
         (on(form="window"), ("flash4", "flash2", "flex", "sdpa")),
-        (on(form="window", training=False, cache=True), ("flash2",)),
+        (on(form="window", training=False, cache=True), ("sdpa_flash", "flash2", "flash4", "sdpa")),
         (on(form="block_mask"), ("flex", "sdpa")),
         (on(form="mask"), ("sdpa", "flex", "sdpa_math")),
         (on("cpu"), ("sdpa", "sdpa_math")),
@@ -298,6 +382,14 @@ def test_automatic_trains_every_form_on_every_device(form, dtype):
 )
 def test_automatic_goes_by_the_measured_order(situation, first):
     assert candidates(situation)[: len(first)] == first
+
+
+def test_decoding_is_served_without_packages_and_a_window_by_what_reads_one(monkeypatch):
+    for name in ("flash2", "flash4"):
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], missing=lambda: None))
+    decoding = on(form="full", training=False, cache=True)
+    assert choose.__wrapped__("auto", decoding) == "sdpa_flash"
+    assert choose.__wrapped__("auto", dataclasses.replace(decoding, form="window")) == "flash2"
 
 
 def test_automatic_leaves_out_what_is_not_installed(monkeypatch):

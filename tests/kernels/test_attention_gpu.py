@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from blues.kernels.attention import BACKENDS, Situation, attention_naive, capability_of, choose, form_of, supports
 from tests.kernels.gpu import CUDA, NEEDS_CUDA, assert_as_good_as_naive, poison
-from tests.kernels.test_attention import See, documents_mask
+from tests.kernels.test_attention import See, documents_mask, steps
 
 pytestmark = NEEDS_CUDA
 
@@ -95,10 +95,11 @@ def test_windows(backend, T, window):
 
 
 @pytest.mark.parametrize("window", [None, (63, 0)])
-@pytest.mark.parametrize("T", [1, 17])
+@pytest.mark.parametrize("T", [1, 8, 17])
 @pytest.mark.parametrize("backend", FUSED)
 def test_decoding(backend, T, window):
-    """Few queries at the end of many keys, without a gradient; 12:1 is padded to 16:1 for FlexAttention."""
+    """Few queries at the end of many keys, without a gradient; 12:1 is padded to 16:1 for FlexAttention, up to 8
+    queries."""
     if window is not None and backend not in READ_WINDOWS:
         assert supports(backend, situation(See(window=window))) is not None
         return
@@ -108,6 +109,10 @@ def test_decoding(backend, T, window):
         exact, naive = (attention_naive(*(x.to(d) for x in given), sight) for d in (torch.float32, torch.bfloat16))
         poison()
         assert_as_good_as_naive([attend(*given, sight)], [naive], [exact], ["out"])
+
+
+def test_flex_trains_on_few_queries_of_a_group_that_is_a_power_of_two():
+    compare("flex", inputs(17, 17, (16, 1)), See(window=(5, 0)))
 
 
 def test_flex_decodes_with_the_kernel_that_splits_the_keys():
@@ -146,10 +151,12 @@ def test_flex_with_a_mask_for_each_head():
     compare("flex", inputs(T, T), See(block_mask=block_mask))
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("T", [100, 128])
 @pytest.mark.parametrize("backend", ["sdpa", "sdpa_math"])
-def test_a_bias_with_its_gradient(backend):
-    T = 128
-    q, k, v = inputs(T, T, dtype=torch.float32)
+def test_a_bias_with_its_gradient(backend, T, alone):
+    """Whether queries, keys and values have a gradient too, or the bias alone (all else is frozen)."""
+    q, k, v = (x.requires_grad_(not alone) for x in inputs(T, T, dtype=torch.float32))
     bias = torch.randn(1, 12, T, T, device=CUDA).masked_fill(torch.ones(T, T, device=CUDA).triu(1).bool(), -torch.inf)
     both = []
     for attend in (BACKENDS[backend].attend, attention_naive):
@@ -167,19 +174,19 @@ def situation(sight, **changes):
 
 @pytest.mark.parametrize(
     ("backend", "kernel"),
-    [("sdpa_flash", "FlashAttention"), ("sdpa_cudnn", "CudnnAttention"), ("sdpa_math", "View")],
+    [("sdpa_flash", "FlashAttention"), ("sdpa_cudnn", "CudnnAttention"), ("sdpa_math", "Softmax")],
 )
 def test_the_kernel_that_was_named_is_the_one_that_runs(backend, kernel):
     q, k, v = (x.requires_grad_() for x in inputs(128, 128))
     out = BACKENDS[backend].attend(q, k, v, See(is_causal=True))
-    assert kernel in out.grad_fn.next_functions[0][0].name()
+    assert kernel in steps(out), steps(out)
 
 
 def test_sdpa_takes_the_memory_efficient_kernel_for_masks_and_float32_and_never_the_quadratic_one():
     for dtype, sight in ((torch.bfloat16, See(window=(20, 0))), (torch.float32, See(is_causal=True))):
         q, k, v = (x.requires_grad_() for x in inputs(128, 128, dtype=dtype))
         out = BACKENDS["sdpa"].attend(q, k, v, sight)
-        assert "EfficientAttention" in out.grad_fn.next_functions[0][0].name()
+        assert "EfficientAttention" in steps(out), steps(out)
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -190,8 +197,7 @@ def test_long_causal_attention_is_never_quadratic(backend):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     attend(q, k, k, See(is_causal=True))
-    limit = 2**30 if backend == "flex" else 2**28  # a block mask is made from the dense mask, once
-    assert torch.cuda.max_memory_allocated() - before < limit, "the scores alone would be 6 GiB"
+    assert torch.cuda.max_memory_allocated() - before < 2**28, "the scores alone would be 6 GiB"
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -226,4 +232,4 @@ def test_automatic_is_the_first_of_the_measured_order_that_is_here():
     assert choose("auto", situation(See(is_causal=True))) == order[0]
     windows = [name for name in ("flash4", "flash2", "flex") if BACKENDS[name].missing() is None]
     assert choose("auto", situation(See(window=(5, 0)))) == windows[0]
-    assert choose("auto", situation(See(), training=False, cache=True)) in ("flash2", "sdpa_flash")
+    assert choose("auto", situation(See(), training=False, cache=True)) == "sdpa_flash"

@@ -3,18 +3,25 @@
 In: a name (or "auto") and a `Situation`. Out: the name of the implementation, or a ConfigError that says why the one
 that was asked for cannot. Nothing is ever replaced in silence: a named one runs or raises.
 
-ORDER is by measurement. Milliseconds on one H100 80GB, torch 2.11, 12 query heads on 1 KV head of 64, bfloat16, forward
-and backward (forward alone): causal with B=8, T=4096; causal with B=1, T=32768; a window of 1024 in B=1, T=32768.
-Medians of 2026-11-24, the kernels called directly; `python -m tuning.benchmarks.attention` makes them anew.
+ORDER is by measurement: tuning/benchmarks/records/2026-11-24-attention.json, one H100 80GB, torch 2.11, 12 query heads
+on 1 KV head of 64, bfloat16, means of 5 rounds in milliseconds; `blues benchmark attention` makes them anew. Columns,
+forward and backward (forward alone): causal, B=8, T=4096; causal, B=1, T=32768; a window of 1024 in B=1, T=32768. Then
+one new token: after 32,768, B=1; after 2,048, B=64.
 
-    flash4         1.86 (0.55)    10.7 (3.1)    1.31 (0.41)    flash-attn-4 4.0.0b36
-    sdpa_cudnn     2.03 (0.53)    13.4 (3.5)    -
-    flash2         2.94 (0.88)    18.9 (5.4)    1.94 (0.63)    flash-attn 2.8.3
-    sdpa_flash     3.09 (0.86)    19.9 (5.7)    -
-    flex           3.45 (0.80)    24.6 (6.0)    2.57 (0.61)
+    flash4         1.58 (0.42)    11.1 (2.9)    1.15 (0.26)    0.35    0.18    flash-attn-4 4.0.0b36
+    sdpa_cudnn     1.91 (0.48)    13.7 (3.5)    -              0.14    0.12
+    flash2         2.78 (0.73)    19.5 (5.5)    1.80 (0.54)    0.18    0.15    flash-attn 2.8.3
+    sdpa_flash     2.91 (0.74)    20.2 (5.8)    -              0.14    0.14
+    flex           3.13 (0.63)    17.8 (4.6)    1.51 (0.34)    0.72    0.44
+    sdpa           1.91 (0.48)    13.4 (3.6)    138  (49.8)    0.15    0.24    cuDNN's kernel, or a dense mask
 
-Not measured, by what the kernels do: decoding goes first to those that split the keys of a single query over the
-device. cuDNN makes a plan for every new shape, so it is chosen for training alone.
+In that record every call was launched by itself, so that times under 0.5 ms are in part the host's, with spreads of up
+to 60% (0.07 ms at B=64); differences below that decide nothing. Since then the benchmark keeps the device busy until
+all calls are queued, and has what the host takes in a column of its own.
+
+cuDNN makes a plan for every new number of keys, and at decoding each token brings one, which a record over one number
+does not show. So it is chosen for training alone, and decoding goes to `sdpa_flash`, the same within the spread.
+FlexAttention is compiled for seconds for every length; so windows go to flash2 first, where that is installed.
 """
 
 from __future__ import annotations
@@ -136,7 +143,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa", "sdpa_math"),
     "training": ("flash4", "sdpa_cudnn", "flash2", "sdpa_flash"),
     "reading": ("flash4", "flash2", "sdpa_flash"),
-    "decoding": ("flash2", "sdpa_flash", "flash4"),
+    "decoding": ("sdpa_flash", "flash2", "flash4"),
     "window": ("flash4", "flash2", "flex"),
     "block_mask": ("flex",),
     "mask": (),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,6 +68,8 @@ def _attend(
     mask_BHTS = None if sight.is_causal else dense_mask(sight, T, S, q_BTHC.device)
     if mask_BHTS is not None and mask_BHTS.is_floating_point():
         mask_BHTS = mask_BHTS.to(q_BTHC.dtype)
+        if mask_BHTS.requires_grad and not (q_BHTC.requires_grad or k_BGSC.requires_grad or v_BGSC.requires_grad):
+            q_BHTC = _with_gradient(q_BHTC, mask_BHTS)
     gqa = share and G != H
     if G != H and not share:
         k_BGSC, v_BGSC = (x[:, :, None].expand(B, G, H // G, S, C).reshape(B, H, S, C) for x in (k_BGSC, v_BGSC))
@@ -75,3 +78,13 @@ def _attend(
             q_BHTC, k_BGSC, v_BGSC, mask_BHTS, is_causal=sight.is_causal, enable_gqa=gqa
         )
     return out_BHTC.transpose(1, 2)
+
+
+def _with_gradient(q_BHTC: Tensor, bias_BHTS: Tensor) -> Tensor:
+    """The same queries, as something that a gradient reaches.
+
+    The memory-efficient kernel keeps what its backward needs only if queries, keys or values require a gradient, and
+    then fails in the backward of a bias that alone does.
+    """
+    always = torch.ones((), dtype=torch.bool, device=bias_BHTS.device)
+    return q_BHTC + bias_BHTS[:1, :1, :1, :1].masked_fill(always, 0.0)

@@ -86,10 +86,10 @@ def dense_mask(sight: Sight, T: int, S: int, device: torch.device) -> Tensor | N
         return create_mask(sight.block_mask.mask_mod, B, H, T, S, device=device)
     left, right = window_of(sight)
     queries_T1 = torch.arange(S - T, S, device=device)[:, None]
-    ahead_TS = torch.arange(S, device=device) - queries_T1
+    keys_S = torch.arange(S, device=device)
     mask_TS = torch.ones(T, S, dtype=torch.bool, device=device)
-    if left >= 0:
-        mask_TS &= ahead_TS >= -left
+    if left >= 0:  # sides are compared, not their difference, which would be T x S numbers of 8 bytes
+        mask_TS &= keys_S >= queries_T1 - left
     if right >= 0:
-        mask_TS &= ahead_TS <= right
+        mask_TS &= keys_S <= queries_T1 + right
     return mask_TS[None, None]

@@ -9,6 +9,7 @@ The device and the format are known when tensors come, so that is when the choic
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -57,6 +58,22 @@ def _resolve(
     cache: bool,
 ) -> str:
     """Plain arguments and a plain result, so that a compiled model takes the answer for a constant."""
+    return _chosen(backend, device, dtype, head_dim, num_heads, num_kv_heads, form, training, cache)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    form: Form,
+    training: bool,
+    cache: bool,
+) -> str:
+    """Kept, for at decoding making a `Situation` takes the host as long as attention takes the device."""
     place = torch.device(device)
     capability = capability_of(place)
     situation = Situation(place.type, capability, dtype, head_dim, num_heads, num_kv_heads, form, training, cache)
@@ -78,7 +95,10 @@ class Attend:
         device, activations = v_BSGC.device, v_BSGC.dtype
         dtype = self.precision.dtype(matmul_dtype(v_BSGC), device)
         q_BTHC, k_BSGC, v_BSGC = q_BTHC.to(dtype), k_BSGC.to(dtype), v_BSGC.to(dtype)
-        training = torch.is_grad_enabled() and (q_BTHC.requires_grad or k_BSGC.requires_grad or v_BSGC.requires_grad)
+        bias_trains = view.mask_BTS is not None and view.mask_BTS.requires_grad
+        training = torch.is_grad_enabled() and (
+            q_BTHC.requires_grad or k_BSGC.requires_grad or v_BSGC.requires_grad or bias_trains
+        )
         cache = q_BTHC.shape[1] != k_BSGC.shape[1]
         name = _resolve(self.backend, str(device), dtype, *self.shape, form_of(view), training, cache)
         with _without_autocast(device):  # the dtype is chosen; autocast would change it

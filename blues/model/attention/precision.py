@@ -11,6 +11,7 @@ are lost, as steps of float16 with a loss scale are: whoever scales losses skips
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -36,12 +37,14 @@ class Precision:
     "auto" is the activations' own format where the device has it: bfloat16 is float32 on CUDA before 8.0, float16 is
     float32 on CPU. Any other name is that format, whatever the activations have. float16 is left at the first overflow.
 
-    overflows: forwards whose attention was not finite in float16, as far as they were looked at.
+    overflows: forwards whose attention was not finite in float16, as far as they were looked at. watched: whether there
+    was float16 to be looked at.
     """
 
     def __init__(self, wanted: Wanted = "auto") -> None:
         self.wanted = wanted
         self.overflows = 0
+        self.watched = False
         self._seen: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class Precision:
         """
         if out.dtype != torch.float16 or torch.compiler.is_compiling():
             return
+        self.watched = True
         overflowed = ~torch.isfinite(out.detach()).all()
         if not out.is_cuda:
             self._seen.append((overflowed, None))
@@ -89,3 +93,9 @@ class Precision:
             logger.warning("attention of %s overflowed in float16; it is computed in a wider format from now on", name)
         self.overflows += new
         return new > 0
+
+
+def overflow_metrics(layers: Iterable[Precision]) -> dict[str, float]:
+    """`attention/float16_overflows`: of all layers of this worker so far; empty where none was in float16."""
+    watched = [layer for layer in layers if layer.watched]
+    return {"attention/float16_overflows": float(sum(layer.overflows for layer in watched))} if watched else {}

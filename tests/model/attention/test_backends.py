@@ -68,3 +68,16 @@ def test_a_compiled_layer_is_one_graph_and_agrees(backend, autocast):
     torch.testing.assert_close(
         out, attention_naive(q, k, v, CAUSAL), **({"atol": 0.02, "rtol": 0.02} if autocast else {})
     )
+
+
+def test_a_bias_that_trains_alone_is_training():
+    """With all else frozen, "auto" must not take a kernel without a gradient for it."""
+    q, k, v = tensors()
+    both = []
+    for backend in ("auto", "naive"):
+        bias = torch.zeros(2, 7, 7, requires_grad=True)
+        out = Attend(backend, **SHAPE)(q, k, v, View(None, None, bias, False))
+        both.append(torch.autograd.grad(out.square().sum(), bias)[0])
+    torch.testing.assert_close(*both)
+    with pytest.raises(ConfigError, match="no gradient for a bias"):
+        Attend("sdpa", **SHAPE)(q, k, v, View(None, None, bias, False))

@@ -8,7 +8,7 @@ import torch
 from blues.kernels.attention import attention_naive
 from blues.model.attention.backends import Attend
 from blues.model.attention.layer import View
-from blues.model.attention.precision import Precision
+from blues.model.attention.precision import Precision, overflow_metrics
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CAUSAL = View(None, None, None, True)
@@ -66,6 +66,17 @@ def test_scores_that_fit_stay_in_float16(caplog):
     out = attend(q, k, v, CAUSAL)
     assert not attend.precision.poll() and attend.precision.overflows == 0 and not caplog.messages
     assert torch.equal(out, attention_naive(q.half(), k.half(), v.half(), CAUSAL).float())
+
+
+def test_overflows_are_a_metric_where_there_is_float16():
+    layers = [Precision("float16"), Precision("float16"), Precision()]
+    assert overflow_metrics(layers) == {}
+    for layer, value in zip(layers, (torch.inf, torch.inf), strict=False):
+        layer.watch(torch.tensor([value], dtype=torch.float16))
+    assert overflow_metrics(layers) == {"attention/float16_overflows": 0.0}
+    for layer in layers:
+        layer.poll()
+    assert overflow_metrics(layers) == {"attention/float16_overflows": 2.0}
 
 
 def test_every_overflow_is_counted_and_logged_once(caplog):

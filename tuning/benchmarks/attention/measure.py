@@ -5,13 +5,15 @@ In: shapes. Out: measurements in a `Record`, one group for each shape.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,10 @@ QUADRATIC = ("naive", "sdpa_math")
 SCORES = 2**31
 """Scores (B H T S) beyond which the backends that keep them all are left out."""
 WARM_UP = 3
+ATTEMPTS = 4
+"""How often calls are queued anew because the device began before the last one was; it is held up for twice as long."""
+COMPILED = ("flex",)
+"""Backends that are compiled anew for every number of keys, which takes seconds: not measured with growing keys."""
 NOTES = {
     "naive": "all scores in memory",
     "sdpa_math": "all scores in memory",
@@ -38,6 +44,13 @@ NOTES = {
     "flash4": "the package flash-attn-4",
 }
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
+
+
+class Milliseconds(NamedTuple):
+    """Of one call: device, with nothing between the calls; host, to queue it."""
+
+    device: float
+    host: float
 
 
 @dataclass
@@ -77,18 +90,23 @@ def _measure(record: Record, shape: Shape, given: Given, repeat: int, calls: int
         if runner.measurement.problem is None:
             agreeing.append(runner)
         _say(f"{shape.name}: {runner.measurement.name}: {runner.measurement.problem or 'agrees'}")
+    lengths = itertools.count(1)
     for _ in range(repeat):
         for runner in agreeing:
-            runner.measurement.runs.append(_run(runner, given, shape, calls))
+            run = _run(runner, given, shape, calls)
+            if "growing ms" in runner.measurement.metrics:
+                run["growing ms"] = _growing(runner, given, lengths, calls)
+            runner.measurement.runs.append(run)
         record.save()
     _conclude(record, shape, [runner.measurement for runner in agreeing])
 
 
 def _runners(shape: Shape, given: Given) -> Iterator[Runner]:
     """What a model runs, then every backend; the measurement of one that cannot run has the reason."""
-    columns: tuple[str, ...] = ("ms", "TFLOP/s", "error")
+    columns: tuple[str, ...] = ("ms", "host ms", "growing ms", "TFLOP/s", "error")
     if shape.trains:
-        columns = ("ms", "ms with gradient", "TFLOP/s", "TFLOP/s with gradient", "error", "error of gradient")
+        columns = ("ms", "ms with gradient", "host ms with gradient", "TFLOP/s", "TFLOP/s with gradient")
+        columns += ("error", "error of gradient")
     device, found = given.q_BTHC.device, versions(PACKAGES)
     situation = Situation(
         device.type,
@@ -107,7 +125,8 @@ def _runners(shape: Shape, given: Given) -> Iterator[Runner]:
     yield Runner(Measurement(shape.name, name, "blues", note, columns, versions=found), _bind(layer, shape))
     for name, backend in BACKENDS.items():
         side: Any = "reference" if name in QUADRATIC else "peer"
-        measurement = Measurement(shape.name, name, side, NOTES[name], columns, versions=found)
+        own = tuple(column for column in columns if column != "growing ms" or name not in COMPILED)
+        measurement = Measurement(shape.name, name, side, NOTES[name], own, versions=found)
         measurement.problem = supports(name, situation)
         if measurement.problem is None and name in QUADRATIC and shape.scores > SCORES:
             measurement.problem = f"would keep {shape.scores / 2**30:.0f} Gi scores in memory"
@@ -144,7 +163,13 @@ def _run(runner: Runner, given: Given, shape: Shape, calls: int) -> dict[str, An
     device, flops = given.q_BTHC.device, shape.flops
     with torch.no_grad():
         forward = _milliseconds(lambda: runner.call(*given.inputs), device, calls)
-    run = {"ms": forward, "TFLOP/s": flops / forward / 1e9, "error": runner.errors[0], "load": os.getloadavg()}
+    run = {
+        "ms": forward.device,
+        "host ms": forward.host,
+        "TFLOP/s": flops / forward.device / 1e9,
+        "error": runner.errors[0],
+        "load": os.getloadavg(),
+    }
     if not shape.trains:
         return run
 
@@ -152,29 +177,74 @@ def _run(runner: Runner, given: Given, shape: Shape, calls: int) -> dict[str, An
         torch.autograd.grad(runner.call(*given.inputs), given.inputs, given.dout_BTHC)
 
     both = _milliseconds(step, device, calls)
-    # The backward has five products for the forward's two.
-    rate, gradient = 3.5 * flops / both / 1e9, max(runner.errors[1:])
-    return {**run, "ms with gradient": both, "TFLOP/s with gradient": rate, "error of gradient": gradient}
+    return {
+        **run,
+        "ms with gradient": both.device,
+        "host ms with gradient": both.host,
+        "TFLOP/s with gradient": 3.5 * flops / both.device / 1e9,  # five products in the backward for the forward's two
+        "error of gradient": max(runner.errors[1:]),
+    }
 
 
-def _milliseconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
-    """Median time of a call, of calls that are queued back to back."""
+def _growing(runner: Runner, given: Given, lengths: Iterator[int], calls: int) -> float:
+    """Milliseconds of a call, host and device together, over numbers of keys that nobody has had before (as long as
+    there are such): what a backend prepares for a shape counts."""
+    k_BSGC, v_BSGC = given.k_BSGC, given.v_BSGC
+    S, device = k_BSGC.shape[1], given.q_BTHC.device
+    with torch.no_grad():
+        _wait(device)
+        began = time.perf_counter()
+        for length in itertools.islice(lengths, calls):
+            keys = 1 + length % S
+            runner.call(given.q_BTHC, k_BSGC[:, :keys], v_BSGC[:, :keys])
+        _wait(device)
+    return 1e3 * (time.perf_counter() - began) / calls
+
+
+def _milliseconds(call: Callable[[], object], device: torch.device, calls: int) -> Milliseconds:
+    """Medians over `calls` on the device, the mean on the host."""
     for _ in range(WARM_UP):
         call()
-    if device.type != "cuda":
-        marks = [time.perf_counter()]
-        for _ in range(calls):
-            call()
-            marks.append(time.perf_counter())
-        return 1e3 * statistics.median(b - a for a, b in zip(marks, marks[1:], strict=False))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-    torch.cuda.synchronize(device)
-    events[0].record()
-    for event in events[1:]:
+    _wait(device)
+    marks = [time.perf_counter()]
+    for _ in range(calls):
         call()
-        event.record()
+        marks.append(time.perf_counter())
+    host = 1e3 * (marks[-1] - marks[0]) / calls
+    if device.type != "cuda":
+        return Milliseconds(1e3 * statistics.median(b - a for a, b in itertools.pairwise(marks)), host)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    for attempt in range(1, ATTEMPTS + 1):
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(int(2**attempt * host * calls * _cycles(device)))
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        if not events[
+            0
+        ].query():  # all was queued before the device began; a backend that waits for it never gets there
+            break
     torch.cuda.synchronize(device)
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return Milliseconds(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), host)
+
+
+@functools.cache
+def _cycles(device: torch.device) -> float:
+    """Cycles of `torch.cuda._sleep` in a millisecond."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    cycles = 50_000_000
+    torch.cuda._sleep(cycles)  # the first is slower
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize(device)
+    return cycles / begin.elapsed_time(end)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _conclude(record: Record, shape: Shape, agreeing: Sequence[Measurement]) -> None:

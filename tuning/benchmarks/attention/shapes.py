@@ -49,6 +49,12 @@ class Shape:
         return self.T == self.S
 
     @property
+    def group(self) -> str:
+        if not self.trains:
+            return "decoding"
+        return "causal" if self.window is None else "window"
+
+    @property
     def sight(self) -> Sight:
         if self.window is not None:
             return Told(window=(self.window, 0))

@@ -4,11 +4,12 @@ import json
 import pytest
 import torch
 
+from blues.errors import ConfigError
 from blues.kernels.attention import BACKENDS, attention_naive, dense_mask
-from tuning.benchmarks.attention import SHAPES, Shape, measure
+from tuning.benchmarks.attention import GROUPS, SHAPES, Shape, benchmark, measure, shapes_of
 from tuning.benchmarks.attention import shapes as shapes_module
-from tuning.benchmarks.attention.__main__ import main
 from tuning.benchmarks.attention.shapes import Given
+from tuning.benchmarks.bench import Bench
 from tuning.benchmarks.record import Record
 
 CPU = torch.device("cpu")
@@ -33,6 +34,8 @@ def test_every_backend_that_can_run_here_is_measured_and_the_others_say_why_not(
         assert own["sdpa_cudnn"].skipped and "runs on CUDA, not on cpu" in own["sdpa_cudnn"].problem
         assert own["flex"].skipped == shape.trains
         assert ("ms with gradient" in own["naive"].runs[0]) == shape.trains
+        assert ("growing ms" in own["naive"].runs[0]) != shape.trains and own["naive"].runs[0]["host ms"] > 0
+        assert "growing ms" not in own["flex"].metrics, "it is compiled for every number of keys"
     saved = json.loads(record.path.read_text())
     assert len(saved["figures"]) == 3 and saved["groups"][TINY.name]["accelerator"] == "cpu"
     assert "auto (sdpa)" in record.table()
@@ -76,10 +79,34 @@ def test_the_shapes_are_those_of_the_published_figures():
     ]
 
 
+def test_growing_keys_are_new_to_every_backend(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(q, k, v, sight):
+        seen.append(k.shape[1])
+        return attention_naive(q, k, v, sight)
+
+    for name in ("naive", "sdpa_math"):
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], attend=spy))
+    run(tmp_path, dataclasses.replace(DECODING, S=40))
+    fresh = [keys for keys in seen if keys != 40]
+    assert len(fresh) == len(set(fresh)) == 2 * 2 * 2, "rounds, backends, calls"
+
+
+def test_groups_are_chosen_by_name():
+    assert shapes_of(None) == list(SHAPES) and {shape.group for shape in SHAPES} == set(GROUPS)
+    assert [shape.T for shape in shapes_of("decoding, window")] == [32768, 1, 1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_the_command_says_what_it_needs(monkeypatch, capsys):
-    for arguments, said in (([], "measured on a CUDA device"), (["--repeat", "0"], "must be at least 1, got 0 and 20")):
-        monkeypatch.setattr("sys.argv", ["attention", *arguments])
-        with pytest.raises(SystemExit):
-            main()
-        assert said in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("only", "calls", "said"),
+    [
+        (None, 20, "measured on a CUDA device, and torch finds none here"),
+        ("decodng", 20, "unknown group 'decodng' in --only. Did you mean 'decoding'?"),
+        (None, 0, "--calls must be at least 1, got 0"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_one_sentence(tmp_path, only, calls, said):
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        benchmark(Bench(tmp_path, Record(tmp_path / "attention.json", {})), only, calls=calls)
