@@ -44,7 +44,6 @@ from blues.training.checkpoint import (
     state_key,
     write_checkpoint,
 )
-from blues.training.curriculum import Curriculum, Stage, check_stages
 from blues.training.engine import Engine
 from blues.training.observer import Event, Kind, Observer
 from blues.training.optim import AdamW, Cosine, Optimizer, Schedule
@@ -73,8 +72,7 @@ class Trainer(cfg.Configurable):
         """The length of the run, the batch, and what happens every so many steps.
 
         steps: updates in all. global_batch_size: sequences per update over all workers; micro_batch_size: sequences
-        per worker and forward pass (the rest is accumulated). context: stages of a curriculum of growing context, in
-        which sequences are cut into shorter rows. gradient_clipping: largest global gradient norm, 0 for
+        per worker and forward pass (the rest is accumulated). gradient_clipping: largest global gradient norm, 0 for
         none. precision: `auto` is bf16 with fp32 master weights where the device has it, else fp32. log_every,
         validate_every, checkpoint_every: in steps, 0 for never (the last step always gets all three).
         validation_samples: sequences of the validation split, always the same. keep_checkpoints: newest ones that
@@ -85,7 +83,6 @@ class Trainer(cfg.Configurable):
         steps: int = 10_000
         global_batch_size: int = 256
         micro_batch_size: int = 8
-        context: tuple[Stage, ...] = ()
         optimizer: Optimizer.Config = AdamW.Config()
         schedule: Schedule.Config = Cosine.Config()
         gradient_clipping: float = 1.0
@@ -109,7 +106,6 @@ class Trainer(cfg.Configurable):
                     raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
             if self.gradient_clipping < 0:
                 raise ConfigError(f"gradient_clipping must be >= 0 (0 for none), got {self.gradient_clipping}")
-            check_stages(self.context)
             at_once = self.micro_batch_size * self.parallel.num_workers
             if self.global_batch_size % at_once:
                 raise ConfigError(
@@ -164,9 +160,7 @@ class _Loop:
         config, parallel = self.config, self.config.parallel
         self.dtype = arithmetic(config.precision, parallel.zero_stage, ranks.device)
         self.schedule: Schedule = config.schedule.build(total_steps=config.steps)
-        length = self.data.config.sequence_length
-        self.curriculum = Curriculum(config.context, steps=config.steps, sequence_length=length)
-        self.tokens_per_step = config.global_batch_size * length
+        self.tokens_per_step = config.global_batch_size * self.data.config.sequence_length
         self.step = 0
         checkpoint = self._find_checkpoint()
         # Counted now: ZeRO-3 empties what it splits.
@@ -205,8 +199,6 @@ class _Loop:
         self.adaptation, self.load = RouterAdaptation(self.model), UpdateLoad()
         learned_spans = any(layer.span is not None for layer in self.model.attentions)
         self.loss_names = (*LOSSES, "attention_span") if learned_spans else LOSSES
-        self.compute: Tensor | None = None
-        """What the forwards of this update computed, in models that leave something out."""
         self.losses = torch.zeros(len(self.loss_names), dtype=torch.float64, device=ranks.device)
         self._restart_clock()
 
@@ -253,7 +245,6 @@ class _Loop:
         specialize = self.specialization.counts(self.step)
         if log:
             self.losses.zero_()
-            self.compute = None
         if self.experts is not None:
             self.experts.next_update()
 
@@ -262,7 +253,7 @@ class _Loop:
 
         def micro_batch(index: int) -> Tensor:
             torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
-            batch = self.curriculum.cut(next(micro_batches), self.step - 1).to(self.ranks.device)
+            batch = next(micro_batches).to(self.ranks.device)
             output = self._forward(
                 batch,
                 num_targets=num_targets,
@@ -276,8 +267,6 @@ class _Loop:
                 self.specialization.add(batch, output.routing)
             if log:
                 self.losses += torch.stack([getattr(output.losses, name) for name in self.loss_names]).detach()
-                if output.compute_LC is not None:
-                    self.compute = output.compute_LC if self.compute is None else self.compute + output.compute_LC
             return output.losses.total
 
         rate_factor = self.schedule.factor(self.step - 1)
@@ -318,12 +307,9 @@ class _Loop:
     def _log(self, gradient_norm: float, learning_rate: float) -> None:
         """Average this step's figures over the workers (one reduction, one copy to the host) and send them."""
         values = [self.losses] if self.experts is None else [self.losses, self.experts.counts.flatten()]
-        if self.compute is not None:
-            values.append(self.compute.flatten())
         together = torch.cat([value.double() for value in values])
         dist.all_reduce(together)
-        parts = together.split([value.numel() for value in values])
-        losses = (parts[0] / (self.config.accumulation * self.ranks.world_size)).tolist()
+        losses = (together[: len(self.losses)] / (self.config.accumulation * self.ranks.world_size)).tolist()
         metrics = {f"train/{NAMES.get(name, name)}": loss for name, loss in zip(self.loss_names, losses, strict=True)}
         metrics["train/gradient_norm"] = gradient_norm
         metrics["train/learning_rate"] = learning_rate
@@ -333,12 +319,9 @@ class _Loop:
         metrics["throughput/tokens_per_second"] = self.tokens_per_step / seconds
         metrics |= self.model.block_masks.metrics()
         metrics |= overflow_metrics(layer.attend.precision for layer in self.model.attentions)
-        if self.compute is not None:
-            counts_LC = parts[-1].view_as(self.compute).long().tolist()
-            metrics |= self.model.compute_metrics(counts_LC, self.data.config.sequence_length)
         load = None
         if self.experts is not None:
-            self.experts.counts.copy_(parts[1].view_as(self.experts.counts))
+            self.experts.counts.copy_(together[len(self.losses) :].view_as(self.experts.counts))
             summary = self.experts.read()
             metrics |= summary.metrics()
             load = summary.load_LE
