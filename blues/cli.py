@@ -37,6 +37,7 @@ JOURNEY = (
     "sweep",
     "generate",
     "evaluate",
+    "prune",
     "export",
     "benchmark",
     "ui",
@@ -235,7 +236,8 @@ def describe_variants(families: Sequence[str]) -> Iterator[str]:
     Raises:
         ConfigError: a family that does not exist; names the nearest.
     """
-    import_module("blues.experiment")  # the whole tree, and with it every registered class
+    import_module("blues.experiment")  # the whole tree, and with it every registered class that a run is made of
+    import_module("blues.model.moe.pruning")
     for family in families:
         if family not in FAMILIES:
             raise ConfigError(f"unknown family {family!r}.{nearest(family, FAMILIES)}")

@@ -4,6 +4,7 @@
     RUN/run.json          provenance of every start       RUN/figures/       loss curve, expert load
     RUN/metrics.jsonl     every metric, the truth         RUN/logs/          what each worker printed
     RUN/tracking.json     the MLflow run that follows     RUN/specialization/   what each expert learned
+    RUN/pruning/          if it began as a pruned model: recipe, losses, figure
 
 In: a path and an experiment. Out: the folder, held for the time of a `with` block, or a sentence why not.
 """
@@ -23,9 +24,22 @@ from blues.experiment import Experiment
 
 EXPERIMENT, RECORD, METRICS, TRACKING = "experiment.yaml", "run.json", "metrics.jsonl", "tracking.json"
 CHECKPOINTS, FIGURES, LOGS, RAY = "checkpoints", "figures", "logs", ".ray"
-SPECIALIZATION = "specialization"
+SPECIALIZATION, PRUNING = "specialization", "pruning"
 DRIVER_LOCK, WORKER_LOCK = ".driver.lock", ".worker.lock"
-OWN = (EXPERIMENT, RECORD, METRICS, TRACKING, CHECKPOINTS, FIGURES, SPECIALIZATION, LOGS, RAY, DRIVER_LOCK, WORKER_LOCK)
+OWN = (
+    EXPERIMENT,
+    RECORD,
+    METRICS,
+    TRACKING,
+    CHECKPOINTS,
+    FIGURES,
+    SPECIALIZATION,
+    PRUNING,
+    LOGS,
+    RAY,
+    DRIVER_LOCK,
+    WORKER_LOCK,
+)
 
 FREE = (
     "data.path",  # what it holds is compared by the checkpoint's data fingerprint, and

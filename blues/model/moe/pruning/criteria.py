@@ -34,6 +34,9 @@ class Criterion(cfg.Configurable, family="pruning_criterion"):
     needs_subsets: ClassVar[bool] = False
     """Whether the pass must measure subsets, which is why their size must be known before."""
 
+    sets_budget: ClassVar[bool] = False
+    """Whether the scores themselves say how many stay: all above 0."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -158,6 +161,7 @@ class SwitchedOn(Criterion, variant="alive"):
     """Experts that dynamic pruning left switched on score 1, the others 0 (RigL's mask, arXiv 1911.11134)."""
 
     needs_tokens = False
+    sets_budget = True
 
     def scores(self, statistics: LayerStatistics, moe: MoE) -> Tensor:
         return alive(moe).double()

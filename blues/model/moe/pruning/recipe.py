@@ -81,13 +81,13 @@ def read_recipe(path: str | Path) -> Recipe:
     return cfg.read(Recipe, path)
 
 
-def subset_sizes(model: Transformer, criterion: Criterion, budget: Budget) -> dict[int, int]:
+def subset_sizes(model: Transformer, criterion: Criterion, budget: Budget | None) -> dict[int, int]:
     """For a criterion that measures subsets: their size in each layer; empty for others.
 
     Raises:
         ConfigError: too many subsets, or a budget that is only known afterwards.
     """
-    if not criterion.needs_subsets:
+    if not criterion.needs_subsets or budget is None:
         return {}
     if budget.scope != "layer":
         raise ConfigError(
@@ -108,9 +108,13 @@ def subset_sizes(model: Transformer, criterion: Criterion, budget: Budget) -> di
 
 
 def plan_layers(
-    model: Transformer, statistics: Sequence[LayerStatistics], criterion: Criterion, action: Action, budget: Budget
+    model: Transformer,
+    statistics: Sequence[LayerStatistics],
+    criterion: Criterion,
+    action: Action,
+    budget: Budget | None,
 ) -> tuple[LayerPlan, ...]:
-    """A plan for every mixture layer.
+    """A plan for every mixture layer. `budget`: None for a criterion that sets it itself.
 
     Raises:
         ConfigError: the action cannot be done to this model, or the budget does not fit it.
@@ -120,7 +124,9 @@ def plan_layers(
         action.check(moe)
     scores = [criterion.scores(each, moe).cpu() for each, (_, moe) in zip(statistics, layers, strict=True)]
     least = [moe.config.top_k for _, moe in layers]
-    if budget.scope == "global":
+    if budget is None or criterion.sets_budget:
+        counts = [max(k, int((scores_E > 0).sum())) for scores_E, k in zip(scores, least, strict=True)]
+    elif budget.scope == "global":
         counts = budget.over_layers(scores, least)
     else:
         counts = budget.per_layer([len(scores_E) for scores_E in scores], least)
