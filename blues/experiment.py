@@ -17,6 +17,7 @@ from blues.evaluation.suite import Evaluation
 from blues.inference.sampling import Sampling
 from blues.model.transformer import Transformer
 from blues.tracking.tracker import Tracking
+from blues.training.curriculum import check_lengths
 from blues.training.trainer import Trainer
 
 
@@ -44,6 +45,7 @@ class Experiment(cfg.Config):
                 f"data.sequence_length={self.data.sequence_length} is longer than the model's context "
                 f"model.max_seq_len={self.model.max_seq_len}; shorten the one or raise the other"
             )
+        check_lengths(self.training.context, self.data.sequence_length)
         vocab_size = self.data.tokenizer.vocab_size or WHOLE_VOCABULARY
         if vocab_size > self.model.vocab_size:
             raise ConfigError(

@@ -223,6 +223,18 @@ def rope_layers(experiment: Experiment) -> Space:
 
 
 @space
+def context_growth(experiment: Experiment) -> Space:
+    """Whole sequences throughout, and quarters for the first half of the steps, then halves until three quarters."""
+    length = experiment.data.sequence_length
+    if length % 4:
+        raise ConfigError(
+            f"the search space 'context_growth' needs data.sequence_length in quarters, and it is {length}"
+        )
+    stages = [{"until": 0.5, "length": length // 4}, {"until": 0.75, "length": length // 2}]
+    return choice("training.context", [[], stages])
+
+
+@space
 def learning_rate(experiment: Experiment) -> Space:
     """A third of the learning rate, the rate itself, three times the rate."""
     return choice("training.optimizer.lr", _around(experiment.training.optimizer.lr, 3))

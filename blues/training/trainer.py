@@ -44,6 +44,7 @@ from blues.training.checkpoint import (
     state_key,
     write_checkpoint,
 )
+from blues.training.curriculum import Curriculum, Stage, check_stages
 from blues.training.engine import Engine
 from blues.training.observer import Event, Kind, Observer
 from blues.training.optim import AdamW, Cosine, Optimizer, Schedule
@@ -72,7 +73,8 @@ class Trainer(cfg.Configurable):
         """The length of the run, the batch, and what happens every so many steps.
 
         steps: updates in all. global_batch_size: sequences per update over all workers; micro_batch_size: sequences
-        per worker and forward pass (the rest is accumulated). gradient_clipping: largest global gradient norm, 0 for
+        per worker and forward pass (the rest is accumulated). context: stages of a curriculum of growing context, in
+        which sequences are cut into shorter rows. gradient_clipping: largest global gradient norm, 0 for
         none. precision: `auto` is bf16 with fp32 master weights where the device has it, else fp32. log_every,
         validate_every, checkpoint_every: in steps, 0 for never (the last step always gets all three).
         validation_samples: sequences of the validation split, always the same. keep_checkpoints: newest ones that
@@ -83,6 +85,7 @@ class Trainer(cfg.Configurable):
         steps: int = 10_000
         global_batch_size: int = 256
         micro_batch_size: int = 8
+        context: tuple[Stage, ...] = ()
         optimizer: Optimizer.Config = AdamW.Config()
         schedule: Schedule.Config = Cosine.Config()
         gradient_clipping: float = 1.0
@@ -106,6 +109,7 @@ class Trainer(cfg.Configurable):
                     raise ConfigError(f"{name} must be >= 0, got {getattr(self, name)}")
             if self.gradient_clipping < 0:
                 raise ConfigError(f"gradient_clipping must be >= 0 (0 for none), got {self.gradient_clipping}")
+            check_stages(self.context)
             at_once = self.micro_batch_size * self.parallel.num_workers
             if self.global_batch_size % at_once:
                 raise ConfigError(
@@ -160,7 +164,9 @@ class _Loop:
         config, parallel = self.config, self.config.parallel
         self.dtype = arithmetic(config.precision, parallel.zero_stage, ranks.device)
         self.schedule: Schedule = config.schedule.build(total_steps=config.steps)
-        self.tokens_per_step = config.global_batch_size * self.data.config.sequence_length
+        length = self.data.config.sequence_length
+        self.curriculum = Curriculum(config.context, steps=config.steps, sequence_length=length)
+        self.tokens_per_step = config.global_batch_size * length
         self.step = 0
         checkpoint = self._find_checkpoint()
         # Counted now: ZeRO-3 empties what it splits.
@@ -253,7 +259,7 @@ class _Loop:
 
         def micro_batch(index: int) -> Tensor:
             torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
-            batch = next(micro_batches).to(self.ranks.device)
+            batch = self.curriculum.cut(next(micro_batches), self.step - 1).to(self.ranks.device)
             output = self._forward(
                 batch,
                 num_targets=num_targets,

@@ -59,6 +59,12 @@ class Batch(NamedTuple):
         """In page-locked memory of the current CUDA device."""
         return self._map(Tensor.pin_memory)
 
+    def cut(self, length: int) -> Batch:
+        """Rows of `length` tokens, which divides T: each row becomes T / length of its own, in their order."""
+        pieces = self.inputs.shape[1] // length
+        rows = self._map(lambda tensor: tensor.reshape(-1, length) if tensor.ndim == 2 else tensor)
+        return rows._replace(sources=self.sources.repeat_interleave(pieces))
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         documents = None if self.documents is None else function(self.documents)
         languages = None if self.languages is None else function(self.languages)
