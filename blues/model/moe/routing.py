@@ -92,6 +92,10 @@ class Router(FixedBuffers, cfg.Configurable, family="router"):
         self.config = config
         self.num_experts = num_experts
         self.top_k = top_k
+        self.register_buffer("off_E", None)
+
+    off_E: Tensor | None
+    """bool, a buffer: experts that a rule (`switch_off`) has closed to all tokens; None: no rule may."""
 
     @abc.abstractmethod
     def forward(self, x_TD: Tensor, context: Context) -> Routing:
@@ -118,8 +122,9 @@ class LinearRouter(Router):
         nn.init.normal_(self.weight, std=std, generator=generator)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """`logits_TE`."""
-        return project(x_TD, self.weight)
+        """`logits_TE`; those of closed experts are minus infinity."""
+        logits_TE = project(x_TD, self.weight)
+        return logits_TE if self.off_E is None else logits_TE.masked_fill(self.off_E, -torch.inf)
 
 
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:

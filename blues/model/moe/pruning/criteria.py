@@ -169,7 +169,7 @@ class SwitchedOn(Criterion, variant="alive"):
 
 def alive(moe: MoE) -> Tensor:
     """`alive_E`, bool (CPU): all of them unless dynamic pruning switched some off."""
-    off_R = moe.router.state_dict().get("off_E")
+    off_R = moe.router.off_E
     if off_R is None:
         return torch.ones(moe.experts.num_experts, dtype=torch.bool)
     return ~off_R[: moe.experts.num_experts].cpu()

@@ -20,11 +20,12 @@ from torch import Tensor
 from blues import config as cfg
 from blues.errors import ConfigError
 from blues.model.attention.patterns import AttentionPattern
-from blues.model.moe.layer import mixtures
+from blues.model.moe.layer import MoE, mixtures
 from blues.model.moe.pruning.actions import Action, LayerPlan, Remove
 from blues.model.moe.pruning.budget import Budget
 from blues.model.moe.pruning.calibration import LayerStatistics, check_prunable
-from blues.model.moe.pruning.criteria import Criterion, Reap
+from blues.model.moe.pruning.criteria import Criterion, Reap, alive
+from blues.model.moe.rules import SwitchOff
 from blues.model.transformer import Transformer
 
 VERSION = 1
@@ -158,17 +159,44 @@ def _prune_experts(model: Transformer, recipe: Recipe) -> Transformer:
     state: dict[str, Tensor] = dict(model.state_dict())
     for plan, (layer, moe) in zip(recipe.layers, layers, strict=True):
         action.check(moe)
+        _check_switched_off(plan, moe, action)
         prefix = f"blocks.{layer}.feed_forward."
         own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
         _check_width(plan, own)
         state |= {prefix + name: tensor for name, tensor in action.tensors(own, plan).items()}
     sizes = tuple(len(plan.kept) for plan in recipe.layers)
-    config = model.config.replace(experts_per_layer=sizes)
+    config = _without_schedule(model.config.replace(experts_per_layer=sizes), state)
     if action.redirect is not None and any(plan.gone for plan in recipe.layers):
         routed = tuple(plan.num_experts for plan in recipe.layers)
         assert config.moe is not None  # there are mixture layers
         config = config.replace(moe=config.moe.replace(redirect=action.redirect), routed_per_layer=routed)
     return _built(config, state)
+
+
+def _check_switched_off(plan: LayerPlan, moe: MoE, action: Action) -> None:
+    """Experts that are off must go, and by removal, or the pruned model would wake them."""
+    off = [expert for expert, on in enumerate(alive(moe).tolist()) if not on]
+    if off and (action.redirect is not None or set(off) & set(plan.kept)):
+        raise ConfigError(
+            f"layer {plan.layer}: dynamic pruning has switched expert {off[0]} off, and this pruning would wake it; "
+            "use --dead, or --action remove with a budget that it does not fit into"
+        )
+
+
+def _without_schedule(config: Transformer.Config, state: dict[str, Tensor]) -> Transformer.Config:
+    """What was to be switched off is gone: the rule goes too, or its schedule would begin anew. Changes `state`."""
+    moe = config.moe
+    if moe is None or not any(isinstance(rule, SwitchOff.Config) for rule in moe.rules):
+        return config
+    stays = [number for number, rule in enumerate(moe.rules) if not isinstance(rule, SwitchOff.Config)]
+    for name in list(state):
+        head, rules, tail = name.partition(".feed_forward.rules.")
+        if name.endswith(".router.off_E") or rules:
+            tensor = state.pop(name)
+            number, _, rest = tail.partition(".")
+            if rules and int(number) in stays:
+                state[f"{head}{rules}{stays.index(int(number))}.{rest}"] = tensor
+    return config.replace(moe=moe.replace(rules=tuple(moe.rules[number] for number in stays)))
 
 
 def _check_fits(recipe: Recipe, sizes: Sequence[tuple[int, int]]) -> None:

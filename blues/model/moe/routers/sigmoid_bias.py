@@ -51,7 +51,10 @@ class SigmoidBias(LinearRouter, variant="sigmoid_bias"):
     def forward(self, x_TD: Tensor, context: Context) -> Routing:
         logits_TE = self.logits(x_TD)
         scores_TE = logits_TE.sigmoid()
-        ids_TK = self.choose(scores_TE.detach() + self.bias_E)
+        biased_TE = scores_TE.detach() + self.bias_E
+        if self.off_E is not None:  # a bias would lift a closed expert again
+            biased_TE = biased_TE.masked_fill(self.off_E, -torch.inf)
+        ids_TK = self.choose(biased_TE)
         weights_TK = self.config.scale * renormalized(scores_TE.gather(1, ids_TK))
         return Routing(weights_TK, ids_TK, shares(scores_TE), logits_TE)
 
@@ -64,4 +67,8 @@ class SigmoidBias(LinearRouter, variant="sigmoid_bias"):
         return count_per_expert(routing.ids_TK, self.num_experts).float()
 
     def adapt(self, sums_S: Tensor) -> None:
-        self.bias_E += self.config.step * (sums_S.mean() - sums_S).sign()
+        change_E = self.config.step * (sums_S.mean() - sums_S).sign()
+        if self.off_E is not None:  # the load is to be even among the open ones; the others wait as they are
+            mean = sums_S.sum() / (~self.off_E).sum()
+            change_E = (self.config.step * (mean - sums_S).sign()).masked_fill(self.off_E, 0)
+        self.bias_E += change_E

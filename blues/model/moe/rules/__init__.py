@@ -4,12 +4,16 @@ from blues.model.moe.rules.base import Rule
 from blues.model.moe.rules.capacity import CapacityByPosition, CapacityByWeight
 from blues.model.moe.rules.dropout import ExpertDropout, PairDropout
 from blues.model.moe.rules.skip import SkipLight
+from blues.model.moe.rules.switch_off import RandomRegrowth, Regrowth, SwitchOff
 
 __all__ = [
     "CapacityByPosition",
     "CapacityByWeight",
     "ExpertDropout",
     "PairDropout",
+    "RandomRegrowth",
+    "Regrowth",
     "Rule",
     "SkipLight",
+    "SwitchOff",
 ]
