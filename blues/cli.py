@@ -14,17 +14,18 @@ Exit statuses: what the job returns (0 is success); 2 for anything the person ca
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NoReturn
 
 from blues import __version__
-from blues.config import FAMILIES, Configurable, fields_of, nearest
+from blues.config import nearest
 from blues.errors import BluesError, ConfigError
 
 JOURNEY = (
@@ -230,37 +231,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_job(name, words)
 
 
-def describe_variants(families: Sequence[str]) -> Iterator[str]:
-    """Lines that list the members of these families (all if none is named): summary, fields and their defaults.
-
-    Raises:
-        ConfigError: a family that does not exist; names the nearest.
-    """
-    import_module("blues.experiment")  # the whole tree, and with it every registered class that a run is made of
-    import_module("blues.model.moe.pruning")
-    for family in families:
-        if family not in FAMILIES:
-            raise ConfigError(f"unknown family {family!r}.{nearest(family, FAMILIES)}")
-    for family in sorted(families or FAMILIES):
-        yield f"{family}: {_first_line(FAMILIES[family])}"
-        for name, member in sorted(FAMILIES[family].variants.items()):
-            yield f"  {name:<18} {_first_line(member)}"
-            for field in fields_of(member.Config).values():
-                default = field.default_factory() if callable(field.default_factory) else field.default
-                yield f"    {field.name} = {'(required)' if default is field.default_factory else default!r}"
-        yield ""
-
-
-def _first_line(cls: type[Configurable]) -> str:
-    return (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
-
-
 def _add_variants(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", nargs="*", help="show only these families (default: all)")
+    parser.add_argument("family", nargs="*", help="only these families, with settings (default: all)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, settings included")
+    form.add_argument("--markdown", action="store_true", help="print a table for a document")
+    form.add_argument("--update", metavar="FILE", help="renew the table of all families between the marks of FILE")
 
 
 def _run_variants(args: argparse.Namespace) -> int:
-    print("\n".join(describe_variants(args.family)))
+    from blues import variants
+
+    if args.update:
+        if args.family:
+            raise ConfigError("--update writes the table of all families; name none")
+        print(f"{args.update}: {'renewed' if variants.update(args.update) else 'was up to date'}")
+        return 0
+    found = variants.families(args.family)
+    if args.json:
+        print(json.dumps([family.tree() for family in found], indent=2, ensure_ascii=False))
+    elif args.markdown:
+        print(variants.markdown(found))
+    else:
+        print("\n".join(variants.lines(found, settings=bool(args.family))))
     return 0
 
 
@@ -278,10 +271,13 @@ def _run_completion(args: argparse.Namespace) -> int:
 _BUILT_IN = {
     "variants": Command(
         name="variants",
-        description="""List every variant that an experiment can choose, with its settings and their defaults.
+        description="""List every variant that an experiment can choose, with its source.
 
-example:
-  blues variants router        the routers; choose one with model.moe.router=NAME
+examples:
+  blues variants               every family: what each member is, whose idea it is, and what chooses it
+  blues variants router        the routers with their settings; choose one with model.moe.router=NAME
+  blues variants rope --json   the same for a program
+  blues variants --markdown    as a table
 """,
         add_arguments=_add_variants,
         run=_run_variants,

@@ -37,7 +37,7 @@ ORDER = (
     ("blues.experiment",),
     ("blues.cluster",),
     ("tuning",),
-    ("blues.cli",),
+    ("blues.variants", "blues.cli"),
     ("jobs",),
 )
 """The journey of data. A module imports from its own row and the rows above. `blues.cli` finds jobs by name."""

@@ -132,14 +132,14 @@ class Schedule(abc.ABC, cfg.Configurable, family="schedule"):
 
 
 class Constant(Schedule, variant="constant"):
-    """No decay (`final_fraction` has no effect)."""
+    """No decay; `final_fraction` has no effect (a constant rate, as in Hägele et al. 2024, arXiv 2405.18392)."""
 
     def decay(self, progress: float) -> float:
         return 1.0
 
 
 class Linear(Schedule, variant="linear"):
-    """A straight line to `final_fraction`."""
+    """A straight line to `final_fraction` (BERT, arXiv 1810.04805)."""
 
     def decay(self, progress: float) -> float:
         return 1.0 - (1.0 - self.config.final_fraction) * progress

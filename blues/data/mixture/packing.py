@@ -106,14 +106,17 @@ class Packing(cfg.Configurable, family="packing"):
 
 
 class Stream(Packing, variant="stream"):
-    """Windows of T + 1 tokens that overlap by one, so that no target is lost between two."""
+    """Windows of the stream of tokens that overlap by one, so that no target is lost (GPT-3, arXiv 2005.14165)."""
 
     def pack(self, store: Store, split: str, length: int) -> Windows:
         return StreamWindows(store, split, length)
 
 
 class BestFit(Packing, variant="best_fit"):
-    """Documents whole, by best-fit-decreasing bin packing; planned once, in O(m log m) time and 20 bytes a piece."""
+    """Documents whole, by best-fit-decreasing bin packing (Ding et al. 2024, arXiv 2404.10830).
+
+    Planned once, in O(m log m) time and 20 bytes a piece.
+    """
 
     def pack(self, store: Store, split: str, length: int) -> Windows:
         return BestFitWindows(store, split, length)

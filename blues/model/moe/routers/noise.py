@@ -27,14 +27,14 @@ class NoiseSchedule(cfg.Configurable, family="router_noise"):
 
 
 class ConstantNoise(NoiseSchedule, variant="constant"):
-    """The same noise throughout."""
+    """The same noise throughout (Shazeer et al. 2017, arXiv 1701.06538)."""
 
     def at(self, progress: float, start: float) -> float:
         return start
 
 
 class LinearNoise(NoiseSchedule, variant="linear"):
-    """A straight line from the first noise to `final`, reached after the share `over` of the training; then constant.
+    """A straight line from the first noise to `final` over the share `over` of training, then constant (Blues' own).
 
     The usual way from exploring experts to settling on them, as of an exploration rate.
     """
