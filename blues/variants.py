@@ -21,7 +21,12 @@ from blues import config as cfg
 from blues.config import FAMILIES, Config, Configurable, fields_of, nearest
 from blues.errors import ConfigError
 
-REGISTERING = ("blues.experiment", "blues.model.moe.pruning")
+REGISTERING = (
+    "blues.experiment",
+    "blues.model.moe.pruning",
+    "blues.evaluation.positions",
+    "blues.evaluation.retrieval",
+)
 """Modules that import every registered class."""
 
 OWN = ("this project", "Blues' own")
@@ -30,6 +35,7 @@ BY_COMMAND = {
     "pruning_criterion": "blues prune --criterion NAME",
     "pruning_action": "blues prune --action NAME",
     "redirect": "blues prune",
+    "long_context": "blues evaluate --long-context NAME",
 }
 """What chooses where it is not a setting, or where setting it by hand alone makes no model."""
 ARXIV = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{4,5})\b")

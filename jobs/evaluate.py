@@ -4,6 +4,7 @@ By default on the validation split of the dataset it was trained on. `--json` pr
 
 examples:
   blues evaluate --checkpoint runs/tiny
+  blues evaluate --checkpoint runs/tiny --long-context positions retrieval tracking
   blues evaluate --checkpoint runs/tiny --data-cache-dir data/other --max-tokens 0 --json
   blues evaluate --checkpoint runs/tiny --text README.md --figure experts.png
 """
@@ -29,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=int, metavar="N", help=f"tokens between windows, 0 = half a context {run}")
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"windows per forward pass {run}")
     parser.add_argument("--figure", metavar="FILE.png", help="also draw the experts' load, layers x experts")
+    parser.add_argument(
+        "--long-context",
+        nargs="+",
+        metavar="NAME",
+        help="instead, over sequences as long as the context (or --context): positions (perplexity by position), "
+        "retrieval (multi-key), tracking (of variables)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
@@ -37,10 +45,17 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from blues.data.merging.merge import open_dataset
+    from blues.evaluation.long_context import measure
     from blues.evaluation.suite import Evaluation, read_text, recorded_dataset
     from blues.inference.engine import load_model
 
     loaded = load_model(args.checkpoint, device=args.device)
+    if args.long_context:
+        chosen = {"split": args.split or "validation", "length": args.context or 0, "batch_size": args.batch_size}
+        results = measure(loaded, args.long_context, args.data_cache_dir, **chosen)
+        trees = {name: result.to_tree() for name, result in results.items()}
+        print(json.dumps(trees, indent=2) if args.json else "\n\n".join(result.table() for result in results.values()))
+        return 0
     evaluation = Evaluation.of(loaded, **{name: getattr(args, name) for name in CHANGES})
     if args.text is not None:
         report = evaluation.text(loaded, *read_text(args.text))
