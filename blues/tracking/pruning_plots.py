@@ -75,4 +75,5 @@ def _draw_losses(axes, losses: Mapping[str, float]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.tick_params(colors=MUTED, labelsize=9)
-    axes.set_title("validation loss, nats per token (axis does not start at 0)", fontsize=10, color=INK, loc="left")
+    axes.set_title("validation loss", fontsize=10, color=INK, loc="left")
+    axes.set_ylabel("nats per token, not from 0", color=INK, fontsize=9)

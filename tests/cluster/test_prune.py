@@ -75,7 +75,7 @@ def test_the_same_command_changes_nothing_and_another_is_refused(run_dir, tmp_pa
     assert prune(run_dir, output, "--keep", "2") == 2
     assert "holds another pruning" in capsys.readouterr().err
     assert prune(run_dir, output, "--keep", "2", "--fresh") == 0
-    assert read_checkpoint(output).tree["model"]["experts_per_layer"] == [2]
+    assert read_checkpoint(output).tree["model"]["moe"]["num_experts"] == 2
 
 
 def test_attention_is_pruned_in_the_same_command(run_dir, tmp_path, capsys):
@@ -125,5 +125,5 @@ def test_recovery_trains_on_and_the_same_command_resumes(run_dir, tmp_path, caps
         newest = latest_checkpoint(output)
         assert newest is not None and newest.name == "step-00000003"
         assert prune(run_dir, output, *words) == 0  # finished before: nothing is trained again
-    assert cfg.read(Experiment, output / "experiment.yaml").model.experts_per_layer == (2,)
+    assert cfg.read(Experiment, output / "experiment.yaml").model.moe.num_experts == 2
     assert main(["generate", "--checkpoint", str(output), "--prompt", "def ", "--max-length", "3"]) == 0

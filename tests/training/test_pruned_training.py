@@ -68,7 +68,7 @@ def test_experts_are_switched_off_while_training_resumed_and_taken_away(router, 
     assert int(state["blocks.1.feed_forward.router.off_E"].sum()) == 3
     assert int(state["blocks.1.feed_forward.rules.0.updates"]) == 6
     smaller = prune(tmp_path / "unbroken", tmp_path / "small", "--dead")
-    assert smaller.model.experts_per_layer == (3,) and smaller.model.moe.rules == ()
+    assert smaller.model.moe.num_experts == 3 and smaller.model.moe.rules == ()
     lines = capsys.readouterr().out.splitlines()
     (after,) = [line.split() for line in lines if line.startswith("after ")]
     assert float(after[2]) == pytest.approx(0, abs=1e-4)  # what was off is not missed

@@ -164,13 +164,20 @@ def _prune_experts(model: Transformer, recipe: Recipe) -> Transformer:
         own = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
         _check_width(plan, own)
         state |= {prefix + name: tensor for name, tensor in action.tensors(own, plan).items()}
-    sizes = tuple(len(plan.kept) for plan in recipe.layers)
-    config = _without_schedule(model.config.replace(experts_per_layer=sizes), state)
+    config = _without_schedule(_sized(model.config, [len(plan.kept) for plan in recipe.layers]), state)
     if action.redirect is not None and any(plan.gone for plan in recipe.layers):
         routed = tuple(plan.num_experts for plan in recipe.layers)
         assert config.moe is not None  # there are mixture layers
         config = config.replace(moe=config.moe.replace(redirect=action.redirect), routed_per_layer=routed)
     return _built(config, state)
+
+
+def _sized(config: Transformer.Config, sizes: Sequence[int]) -> Transformer.Config:
+    """Layers of one size are said as such: `blues export` takes them, and any tool that knows one number of experts."""
+    assert config.moe is not None  # there are mixture layers
+    if len(set(sizes)) > 1:
+        return config.replace(experts_per_layer=tuple(sizes))
+    return config.replace(experts_per_layer=None, moe=config.moe.replace(num_experts=sizes[0]))
 
 
 def _check_switched_off(plan: LayerPlan, moe: MoE, action: Action) -> None:

@@ -95,7 +95,7 @@ def test_what_is_off_can_be_taken_away_and_changes_nothing():
     of.eval()
     made = recipe(of, criterion="alive", keep=8)
     smaller = apply_recipe(of, made)
-    assert smaller.config.experts_per_layer == (4, 4) and smaller.config.moe.rules == ()
+    assert smaller.config.moe.num_experts == 4 and smaller.config.moe.rules == ()
     assert [plan.gone for plan in made.layers] == [tuple(each) for each in off(of)]
     ids = batch(of).inputs
     torch.testing.assert_close(smaller(ids).logits_BTV, of(ids).logits_BTV, rtol=1e-5, atol=1e-5)
