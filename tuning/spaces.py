@@ -145,6 +145,47 @@ def load_balancing(experiment: Experiment) -> Space:
     return choice("model.moe.load_balancing_weight", [0.0, *_around(weight, 10)])
 
 
+@space
+def shared_experts(experiment: Experiment) -> Space:
+    """Without shared experts, and with one of a routed one's width, plain and gated."""
+    _mixture(experiment, "shared_experts")
+    return choice("model.moe.shared_experts", [None, {"variant": "plain"}, {"variant": "gated"}])
+
+
+@space
+def null_experts(experiment: Experiment) -> Space:
+    """Without null experts, and with a zero, a copy and a constant one at three values of tau."""
+    _mixture(experiment, "null_experts")
+    variants = [{"variant": "zero_copy_constant", "tau": tau} for tau in (0.25, 0.5, 0.75)]
+    return choice("model.moe.null_experts", [None, *variants])
+
+
+@space
+def routing_rules(experiment: Experiment) -> Space:
+    """Without rules, and each rule by itself (skip_light where there is a second expert to skip)."""
+    names = ["capacity_by_position", "capacity_by_weight", "expert_dropout", "pair_dropout"]
+    if _mixture(experiment, "routing_rules").top_k > 1:
+        names.append("skip_light")
+    return choice("model.moe.rules", [[], *([{"variant": name}] for name in names)])
+
+
+@space
+def depth(experiment: Experiment) -> Space:
+    """All tokens through all blocks, and every registered choice of depth."""
+    return choice("model.depth", [None, *({"variant": name} for name in sorted(FAMILIES["depth"].variants))])
+
+
+@space
+def conditional(experiment: Experiment) -> Space:
+    """What computes less for some tokens: skipping light experts, null experts, choices of depth; and none of them."""
+    points: list[dict[str, Any]] = [{}]
+    if _mixture(experiment, "conditional").top_k > 1:
+        points.append({"model.moe.rules": [{"variant": "skip_light", "in_training": True}]})
+    points.append({"model.moe.null_experts": {"variant": "zero_copy_constant"}})
+    points += [point for point in depth(experiment) if point["model.depth"] is not None]
+    return Space(tuple(points))
+
+
 PATTERN = "model.attention.pattern"
 
 

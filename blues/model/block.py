@@ -17,8 +17,8 @@ from blues.model.moe.layer import MoE
 from blues.model.moe.routing import Routing
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+class BlockParts(nn.Module):
+    """What every kind of block is made of."""
 
     def __init__(
         self,
@@ -46,13 +46,21 @@ class Block(nn.Module):
         else:
             self.feed_forward = moe.build(dim=dim, **drawn)
 
+    def feed(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
+        """What the second half of the block adds to the residual stream, and the routing of a mixture."""
+        hidden_BTD = self.feed_forward_norm(x_BTD)
+        if isinstance(self.feed_forward, MoE):
+            return self.feed_forward(hidden_BTD, context)
+        return self.feed_forward(hidden_BTD), None
+
+
+class Block(BlockParts):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
     def forward(
         self, x_BTD: Tensor, view: View, context: Context, cache: KVCache | None = None
     ) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> (B, T, D) and the routing of a mixture."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), view, cache, self.layer)
-        hidden_BTD = self.feed_forward_norm(x_BTD)
-        if isinstance(self.feed_forward, MoE):
-            y_BTD, routing = self.feed_forward(hidden_BTD, context)
-            return x_BTD + y_BTD, routing
-        return x_BTD + self.feed_forward(hidden_BTD), None
+        y_BTD, routing = self.feed(x_BTD, context)
+        return x_BTD + y_BTD, routing

@@ -11,6 +11,7 @@ Legend: L layers of the model, P kinds of pairs, C counts of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,31 @@ def layer_counts(tokens: int, block_tokens: int, pairs_P: Tensor | None, device:
     """`counts_C` of one layer in one forward."""
     if pairs_P is None:
         pairs_P = torch.zeros(len(PAIRS), dtype=torch.int64, device=device)
-    known = torch.tensor([tokens, block_tokens], dtype=torch.int64)
-    return torch.cat([known.to(device, non_blocking=True), pairs_P])
+    known = [torch.full((1,), number, dtype=torch.int64, device=device) for number in (tokens, block_tokens)]
+    return torch.cat([*known, pairs_P])
+
+
+class Cost(NamedTuple):
+    """Multiplications per token of one layer: one for each parameter in a matrix product."""
+
+    block: int
+    """Of a token that the block computes, experts left out."""
+    pair: int
+    """Of a pair that goes to an expert with matrices."""
+    attention: int
+    """Of scores and mixing, where the block computes every token of the sequence."""
+
+
+def flops_per_token(counts_LC: Sequence[Sequence[int]], costs_L: Sequence[Cost], head: int) -> float:
+    """Floating-point operations of training per token, as `Transformer.flops_per_token`, of what was computed."""
+    total = float(head)
+    for row, cost in zip(counts_LC, costs_L, strict=True):
+        counted = dict(zip(COUNTS, row, strict=True))
+        share = _share(counted["block_tokens"], counted["tokens"])
+        total += (
+            share * cost.block + share**2 * cost.attention + _share(counted["computed"], counted["tokens"]) * cost.pair
+        )
+    return 6 * total
 
 
 def summary(counts_LC: Sequence[Sequence[int]], is_mixture_L: Sequence[bool]) -> dict[str, float]:

@@ -65,6 +65,19 @@ class History:
         self._rows_BSE[owner] = rows_BSE
         return sum_BTE
 
+    def keep(self, owner: nn.Module, x_BTE: Tensor, slots_BT: Tensor) -> Tensor:
+        """`x_BSE`: the vectors of all slots so far, those of the new tokens, which this call adds, included."""
+        end = int(slots_BT.max()) + 1
+        rows_BSE = self._rows_BSE.get(owner)
+        if rows_BSE is None:
+            rows_BSE = x_BTE.new_zeros(len(x_BTE), end, x_BTE.shape[-1])
+        if rows_BSE.shape[1] < end:
+            more = max(end, 2 * rows_BSE.shape[1]) - rows_BSE.shape[1]
+            rows_BSE = torch.cat([rows_BSE, rows_BSE.new_zeros(len(rows_BSE), more, rows_BSE.shape[2])], dim=1)
+        rows_BSE[torch.arange(len(x_BTE), device=x_BTE.device)[:, None], slots_BT] = x_BTE.detach()
+        self._rows_BSE[owner] = rows_BSE
+        return rows_BSE[:, :end]
+
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
         for owner, rows_BSE in self._rows_BSE.items():

@@ -35,6 +35,7 @@ from blues.model.attention.patterns import AttentionPattern, Causal, SlidingWind
 from blues.model.huggingface_tokenizer import tokenizer_files
 from blues.model.moe.layer import MoE
 from blues.model.moe.routers import NoisyTopK, SoftmaxTopK
+from blues.model.moe.rules import SkipLight
 from blues.model.rope import DynamicNTK, RotaryEmbedding
 from blues.model.rope.huggingface import from_rope_parameters, to_rope_parameters
 from blues.model.transformer import Transformer, is_mixture
@@ -246,6 +247,15 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
         raise ConfigError(f"attention.rope_layers={attention.rope_layers}: {cannot}")
     if moe is not None and not isinstance(moe.router, (NoisyTopK.Config, SoftmaxTopK.Config)):
         raise ConfigError(f"moe.router={moe.router._variant}: {cannot}")
+    if moe is not None:
+        skips = any(isinstance(rule, SkipLight.Config) for rule in moe.rules)  # other rules are of training alone
+        for name, is_there in (("shared_experts", moe.shared_experts), ("null_experts", moe.null_experts)):
+            if is_there is not None:
+                raise ConfigError(f"moe.{name}: {cannot}")
+        if skips:
+            raise ConfigError(f"moe.rules with skip_light: {cannot}")
+    if config.depth is not None:
+        raise ConfigError(f"depth={config.depth._variant}: {cannot}")
     if config.experts_per_layer is not None:
         raise ConfigError(f"experts_per_layer={list(config.experts_per_layer)}: {cannot}")
     rope: RotaryEmbedding = attention.rope.build(head_dim=attention.head_dim, max_seq_len=config.max_seq_len)

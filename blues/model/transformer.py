@@ -28,12 +28,14 @@ from blues import config as cfg
 from blues.errors import ConfigError
 from blues.kernels.linear_cross_entropy import IGNORED, LINEAR_CROSS_ENTROPY
 from blues.kernels.precision import at_least_float32
+from blues.model import chunking, compute
 from blues.model.attention import backends
 from blues.model.attention.layer import Attention, KVCache, make_views
 from blues.model.attention.masks import BlockMasks
 from blues.model.attention.patterns import AttentionPattern, TokenTree
-from blues.model.block import Block
+from blues.model.block import Block, BlockParts
 from blues.model.context import Context, KeepsHistory, Past
+from blues.model.depth import Depth, Passing
 from blues.model.layers import Linear, RMSNorm
 from blues.model.losses import Losses, UpdateLoad, add_span_penalty, combine_losses
 from blues.model.moe.layer import MoE, mixtures
@@ -50,6 +52,18 @@ class ModelOutput(NamedTuple):
     """None without targets."""
     routing: tuple[Routing, ...]
     """One for each mixture layer, in order; its tokens are batch and time flattened."""
+    compute_LC: Tensor | None = None
+    """int64, `blues.model.compute.COUNTS` of every layer; None for models that leave nothing out."""
+
+
+class Reading(NamedTuple):
+    """What the blocks made of the tokens."""
+
+    x_BTD: Tensor
+    """After the final norm."""
+    routing: tuple[Routing, ...]
+    passings: tuple[Passing | None, ...]
+    """One for each layer."""
 
 
 class Transformer(nn.Module, cfg.Configurable):
@@ -68,11 +82,17 @@ class Transformer(nn.Module, cfg.Configurable):
         """Experts of each mixture layer, as pruning leaves them; None: `moe.num_experts` in all."""
         routed_per_layer: tuple[int, ...] | None = None
         """Experts that each mixture's router knows, where `moe.redirect` makes it more than there are."""
+        depth: Depth.Config | None = None
+        """Tokens that do not go through every block; None: all do."""
         norm_eps: float = 1e-6
         tie_embeddings: bool = True
         init_std: float = 0.02
         gradient_checkpointing: bool = False
         cross_entropy: Literal["auto", "naive", "chunked"] = "auto"
+        cross_entropy_chunk: int | None = None
+        """Tokens whose logits the chunked cross-entropy holds at once; None: by the memory that they take."""
+        sequence_chunk: int | None = None
+        """Tokens of a sequence that are read at once, with activations for no more; None: all (see `chunking`)."""
 
         def __post_init__(self) -> None:
             for name in ("vocab_size", "dim", "num_layers", "max_seq_len", "ffn_dim"):
@@ -91,6 +111,14 @@ class Transformer(nn.Module, cfg.Configurable):
             if (self.routed_per_layer is None) != (self.moe is None or self.moe.redirect is None):
                 raise ConfigError("routed_per_layer: goes with moe.redirect; set both or none (pruning does)")
             self.attention.pattern.build().check(self.attention.num_heads, self.num_layers)
+            chunking.check(self)
+            if self.cross_entropy_chunk is not None and (self.cross_entropy_chunk < 1 or self.cross_entropy == "naive"):
+                raise ConfigError(
+                    f"cross_entropy_chunk: must be at least 1 token, and cross_entropy be chunked, got "
+                    f"{self.cross_entropy_chunk} with {self.cross_entropy}"
+                )
+            if self.depth is not None:
+                self.depth.build().check(self.attention, self.moe, self.num_layers)
             self.attention.rope.build(head_dim=self.attention.head_dim, max_seq_len=self.max_seq_len)
 
     config: Config
@@ -103,8 +131,10 @@ class Transformer(nn.Module, cfg.Configurable):
         std = config.init_std
         self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
+        self.depth: Depth | None = None if config.depth is None else config.depth.build()
+        make_block = Block if self.depth is None else self.depth.block
         self.blocks = nn.ModuleList(
-            Block(
+            make_block(
                 layer=layer,
                 dim=config.dim,
                 attention=config.attention.for_layer(layer),
@@ -119,6 +149,8 @@ class Transformer(nn.Module, cfg.Configurable):
             for layer in range(config.num_layers)
         )
         routers = [moe.router for _, moe in mixtures(self)]
+        self.is_conditional = self.depth is not None or any(moe.is_conditional for _, moe in mixtures(self))
+        self._sizes = self._count_sizes()  # now: ZeRO-3 empties what it splits
         self.balanced_by_loss = all(router.balanced_by == "loss" for router in routers)
         self.softmax_routers = all(router.is_softmax for router in routers)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -168,7 +200,7 @@ class Transformer(nn.Module, cfg.Configurable):
         Raises:
             ValueError: documents together with a cache; a pattern's tree that is missing or of other length.
         """
-        x_BTD, routing = self.hidden(
+        x_BTD, routing, passings = self._read(
             tokens_BT,
             cache=cache,
             positions=positions,
@@ -181,12 +213,34 @@ class Transformer(nn.Module, cfg.Configurable):
         if targets_BT is None:
             if num_logits is not None:
                 x_BTD = x_BTD[:, x_BTD.shape[1] - num_logits :]
-            return ModelOutput(at_least_float32(F.linear(x_BTD, weight_VD)), None, routing)
+            logits_BTV = at_least_float32(F.linear(x_BTD, weight_VD))
+            return ModelOutput(logits_BTV, None, routing, self._computed(tokens_BT, routing, passings))
         linear_cross_entropy = LINEAR_CROSS_ENTROPY[self._cross_entropy]
-        cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        chunk = self.config.cross_entropy_chunk
+        cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), chunk)
         if num_targets is not None:
             cross_entropy = cross_entropy * ((targets_BT != IGNORED).sum().to(cross_entropy.dtype) / num_targets)
-        return ModelOutput(None, self._losses(cross_entropy, routing, len(tokens_BT), load), routing)
+        losses = self._losses(cross_entropy, routing, len(tokens_BT), load)
+        penalties = [passing.penalty for passing in passings if passing is not None and passing.penalty is not None]
+        if penalties:
+            losses = losses._replace(total=losses.total + torch.stack(penalties).mean())
+        return ModelOutput(None, losses, routing, self._computed(tokens_BT, routing, passings))
+
+    def _computed(
+        self, tokens_BT: Tensor, routing: tuple[Routing, ...], passings: tuple[Passing | None, ...]
+    ) -> Tensor | None:
+        """`compute_LC` of one forward."""
+        if not self.is_conditional:
+            return None
+        tokens, rows, mixed = tokens_BT.numel(), [], iter(routing)
+        for block, passing in zip(self.blocks, passings, strict=True):
+            pairs_P = None
+            feed_forward = cast(BlockParts, block).feed_forward
+            if isinstance(feed_forward, MoE):
+                pairs_P = feed_forward.pairs(next(mixed))
+            block_tokens = tokens if passing is None else passing.block_tokens
+            rows.append(compute.layer_counts(tokens, block_tokens, pairs_P, tokens_BT.device))
+        return torch.stack(rows)
 
     def _losses(
         self, cross_entropy: Tensor, routing: tuple[Routing, ...], rows: int, load: UpdateLoad | None
@@ -216,6 +270,38 @@ class Transformer(nn.Module, cfg.Configurable):
         tree: TokenTree | None = None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
         """`x_BTD` after the final norm, and the routing of every mixture layer. Arguments as in `forward`."""
+        x_BTD, routing, _ = self._read(
+            tokens_BT,
+            cache=cache,
+            positions=positions,
+            documents=documents,
+            languages=languages,
+            progress=progress,
+            tree=tree,
+        )
+        return x_BTD, routing
+
+    def _read(
+        self,
+        tokens_BT: Tensor,
+        *,
+        cache: KVCache | None,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        languages: Tensor | None,
+        progress: float,
+        tree: TokenTree | None,
+    ) -> Reading:
+        if not torch.compiler.is_compiling():
+            for number, layer in enumerate(self.attentions):  # here, between two forwards: see `Precision.poll`
+                layer.attend.precision.poll(f"layer {number}")
+        chunk = self.config.sequence_chunk
+        if chunk is not None and cache is None and chunk < tokens_BT.shape[1]:
+            if positions is not None:
+                raise ValueError("positions: tokens read in chunks (sequence_chunk) are at 0, 1, 2, ...")
+            whole = chunking.Whole(tokens_BT, documents, languages, progress)
+            x_BTD, routing = chunking.read_in_chunks(self, whole, chunk, _keep_decisions)
+            return Reading(x_BTD, routing, (None,) * len(self.blocks))
         attention = self.config.attention
         views = make_views(
             [(self.rope if layer.rotates else None, layer.pattern) for layer in self.attentions],
@@ -229,23 +315,22 @@ class Transformer(nn.Module, cfg.Configurable):
             block_masks=self.block_masks if attention.reads_block_masks(tokens_BT.device) else None,
         )
         context = Context(tokens_BT, documents, languages, progress, _past(tokens_BT, cache, positions))
-        if not torch.compiler.is_compiling():
-            for number, layer in enumerate(self.attentions):  # here, between two forwards: see `Precision.poll`
-                layer.attend.precision.poll(f"layer {number}")
         x_BTD = self.embedding(tokens_BT)
         routings: list[Routing] = []
+        passings: list[Passing | None] = []
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block, view in zip(self.blocks, views, strict=True):
             if recompute:
                 # The random state is restored for the second run, so the routers draw the same noise again.
-                x_BTD, routing = checkpoint(
+                x_BTD, routing, *rest = checkpoint(
                     block, x_BTD, view, context, cache, use_reentrant=False, context_fn=_keep_decisions
                 )
             else:
-                x_BTD, routing = block(x_BTD, view, context, cache)
+                x_BTD, routing, *rest = block(x_BTD, view, context, cache)
+            passings.append(rest[0] if rest else None)
             if routing is not None:
                 routings.append(routing)
-        return self.norm(x_BTD), tuple(routings)
+        return Reading(self.norm(x_BTD), tuple(routings), tuple(passings))
 
     def backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """The implementation of each operation for activations of `dtype` on `device`, to be logged with a run.
@@ -276,7 +361,7 @@ class Transformer(nn.Module, cfg.Configurable):
     @property
     def attentions(self) -> list[Attention]:
         """The attention of every layer."""
-        return [cast(Block, block).attention for block in self.blocks]
+        return [cast(BlockParts, block).attention for block in self.blocks]
 
     @property
     def _cross_entropy(self) -> str:
@@ -287,12 +372,41 @@ class Transformer(nn.Module, cfg.Configurable):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token uses: all but the experts it is not routed to."""
-        layers = [moe for _, moe in mixtures(self)]
-        idle = sum(p.numel() for moe in layers for p in moe.parameters()) - sum(
-            moe.num_active_parameters() for moe in layers
-        )
-        return self.num_parameters() - idle
+        """Parameters that one token uses: all but the experts it is not routed to, and blocks it does not go through
+        (the mean over tokens of training, where these differ)."""
+        idle = 0.0
+        for layer, block in enumerate(self.blocks):
+            everything = active = sum(parameter.numel() for parameter in block.parameters())
+            feed_forward = cast(BlockParts, block).feed_forward
+            if isinstance(feed_forward, MoE):
+                active -= feed_forward.num_idle_parameters()
+            idle += everything - active * (1.0 if self.depth is None else self.depth.share(layer))
+        return self.num_parameters() - round(idle)
+
+    def layer_costs(self, seq_len: int) -> list[compute.Cost]:
+        """What each layer costs, for `blues.model.compute.flops_per_token`."""
+        attention = self.config.attention.num_heads * self.config.attention.head_dim * seq_len
+        return [compute.Cost(block, pair, attention) for block, pair in self._sizes]
+
+    def _count_sizes(self) -> list[tuple[int, int]]:
+        """Parameters of each block without its experts, and of one expert."""
+        sizes = []
+        for block in self.blocks:
+            whole, pair = sum(parameter.numel() for parameter in block.parameters()), 0
+            feed_forward = cast(BlockParts, block).feed_forward
+            if isinstance(feed_forward, MoE):
+                experts = sum(parameter.numel() for parameter in feed_forward.experts.parameters())
+                whole, pair = whole - experts, experts // feed_forward.experts.num_experts
+            sizes.append((whole, pair))
+        return sizes
+
+    def compute_metrics(self, counts_LC: list[list[int]], seq_len: int) -> dict[str, float]:
+        """Metrics of summed `ModelOutput.compute_LC`: shares (see `blues.model.compute.summary`) and
+        compute/flops_per_token, of training, as counted."""
+        is_mixture_L = [isinstance(cast(BlockParts, block).feed_forward, MoE) for block in self.blocks]
+        head = (self.config.vocab_size + 1) * self.config.dim  # and the final norm
+        flops = compute.flops_per_token(counts_LC, self.layer_costs(seq_len), head)
+        return compute.summary(counts_LC, is_mixture_L) | {"compute/flops_per_token": flops}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of training per token, forward and backward (PaLM, arXiv 2204.02311, app. B).
@@ -303,7 +417,11 @@ class Transformer(nn.Module, cfg.Configurable):
         """
         config = self.config
         lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
-        attention = 6 * config.num_layers * config.attention.num_heads * config.attention.head_dim * seq_len
+        shares = [1.0 if self.depth is None else self.depth.share(layer) for layer in range(config.num_layers)]
+        attended = round(
+            sum(share**2 for share in shares) * config.attention.num_heads * config.attention.head_dim * seq_len
+        )
+        attention = 6 * attended
         return 6 * (self.num_active_parameters() - lookup) + attention
 
 

@@ -205,6 +205,8 @@ class _Loop:
         self.adaptation, self.load = RouterAdaptation(self.model), UpdateLoad()
         learned_spans = any(layer.span is not None for layer in self.model.attentions)
         self.loss_names = (*LOSSES, "attention_span") if learned_spans else LOSSES
+        self.compute: Tensor | None = None
+        """What the forwards of this update computed, in models that leave something out."""
         self.losses = torch.zeros(len(self.loss_names), dtype=torch.float64, device=ranks.device)
         self._restart_clock()
 
@@ -251,6 +253,7 @@ class _Loop:
         specialize = self.specialization.counts(self.step)
         if log:
             self.losses.zero_()
+            self.compute = None
         if self.experts is not None:
             self.experts.next_update()
 
@@ -273,6 +276,8 @@ class _Loop:
                 self.specialization.add(batch, output.routing)
             if log:
                 self.losses += torch.stack([getattr(output.losses, name) for name in self.loss_names]).detach()
+                if output.compute_LC is not None:
+                    self.compute = output.compute_LC if self.compute is None else self.compute + output.compute_LC
             return output.losses.total
 
         rate_factor = self.schedule.factor(self.step - 1)
@@ -313,9 +318,12 @@ class _Loop:
     def _log(self, gradient_norm: float, learning_rate: float) -> None:
         """Average this step's figures over the workers (one reduction, one copy to the host) and send them."""
         values = [self.losses] if self.experts is None else [self.losses, self.experts.counts.flatten()]
+        if self.compute is not None:
+            values.append(self.compute.flatten())
         together = torch.cat([value.double() for value in values])
         dist.all_reduce(together)
-        losses = (together[: len(self.losses)] / (self.config.accumulation * self.ranks.world_size)).tolist()
+        parts = together.split([value.numel() for value in values])
+        losses = (parts[0] / (self.config.accumulation * self.ranks.world_size)).tolist()
         metrics = {f"train/{NAMES.get(name, name)}": loss for name, loss in zip(self.loss_names, losses, strict=True)}
         metrics["train/gradient_norm"] = gradient_norm
         metrics["train/learning_rate"] = learning_rate
@@ -325,9 +333,12 @@ class _Loop:
         metrics["throughput/tokens_per_second"] = self.tokens_per_step / seconds
         metrics |= self.model.block_masks.metrics()
         metrics |= overflow_metrics(layer.attend.precision for layer in self.model.attentions)
+        if self.compute is not None:
+            counts_LC = parts[-1].view_as(self.compute).long().tolist()
+            metrics |= self.model.compute_metrics(counts_LC, self.data.config.sequence_length)
         load = None
         if self.experts is not None:
-            self.experts.counts.copy_(together[len(self.losses) :].view_as(self.experts.counts))
+            self.experts.counts.copy_(parts[1].view_as(self.experts.counts))
             summary = self.experts.read()
             metrics |= summary.metrics()
             load = summary.load_LE

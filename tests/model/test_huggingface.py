@@ -254,6 +254,21 @@ def test_routers_that_qwen3_moe_does_not_know_are_refused(variant):
         to_huggingface(model.config, model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("moe.shared_experts", "plain"),
+        ("moe.null_experts", "zero_copy_constant"),
+        ("moe.rules", ["skip_light"]),
+        ("depth", "mixture_of_depths"),
+    ],
+)
+def test_options_that_qwen3_moe_does_not_know_are_refused(path, value):
+    config = small().override({path: value})
+    with pytest.raises(ConfigError, match=f"{path}.*: Qwen3-MoE cannot express it"):
+        to_huggingface(config, config.build().state_dict())
+
+
 @pytest.mark.parametrize("config", [config for config in ALL if config not in WINDOWS], ids=name_of)
 def test_patterns_that_qwen3_moe_does_not_know_are_refused(config):
     config = small().replace(attention=small().attention.replace(pattern=config))

@@ -174,15 +174,27 @@ class MoE(nn.Module, cfg.Configurable):
             if len(sums_R):
                 rule.adapt(sums_R)
 
-    def num_active_parameters(self) -> int:
-        """Parameters that one token uses. With null experts the mean at the load that balancing aims at."""
+    def pairs(self, routing: Routing) -> Tensor:
+        """`pairs_P` of `blues.model.compute`: what became of the pairs of this layer's routing."""
+        if routing.pairs_P is not None:
+            return routing.pairs_P
+        computed = chosen = count_pairs(routing.ids_TK, self.router.num_experts)
+        if self.redirect is not None:
+            computed = count_pairs(self.redirect.targets(routing.ids_TK), self.experts.num_experts)
+        zero = torch.zeros_like(chosen)
+        counts = {"chosen": chosen, "computed": computed, "null": chosen - computed}
+        return torch.stack([counts.get(name, zero) for name in PAIRS])
+
+    def num_idle_parameters(self) -> int:
+        """Parameters of experts that a token does not use. With null experts the mean at the load that balancing aims
+        at."""
         experts = self.experts
         one_expert = (experts.gate_up_EGD.numel() + experts.down_EDF.numel()) // experts.num_experts
         share = 1.0
         if self.null_experts is not None:
             share = sum(self.null_experts.shares()[: experts.num_experts])
         idle = experts.num_experts - self.config.top_k * share
-        return sum(parameter.numel() for parameter in self.parameters()) - round(idle * one_expert)
+        return round(idle * one_expert)
 
 
 def mixtures(model: nn.Module) -> list[tuple[int, MoE]]:
