@@ -3,7 +3,8 @@
 In: final hidden states, the head's weight, targets. Out: the mean cross-entropy in nats (a scalar of float32 or better)
 over the targets that are not `IGNORED`; 0 if all are.
 
-Both implementations have the signature `(x_TD, weight_VD, targets_T) -> scalar`.
+Both implementations have the signature `(x_TD, weight_VD, targets_T, chunk) -> scalar`; `chunk` are the tokens whose
+logits are there at once (None: by their memory), and all of them in the naive form.
 
 With V = 200k the logits of 32k tokens would take 26 GB in float32 and their gradient as much again. The chunked form
 holds the logits of one chunk of tokens at a time and computes the gradients on the way forward, while those logits are
@@ -38,22 +39,25 @@ Larger chunks add to the weight's gradient less often. For 32k tokens at D = 768
 CHUNK_BYTES_CPU = 2**23
 """On the CPU a chunk that stays near the caches is faster: 512 tokens at V = 4096."""
 
-LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
 
-def linear_cross_entropy_naive(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+def linear_cross_entropy_naive(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int | None = None) -> Tensor:
     """All logits at once: the reference."""
     logits_TV = at_least_float32(F.linear(x_TD, weight_VD))
     count = (targets_T != IGNORED).sum().clamp(min=1)
     return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum") / count
 
 
-def linear_cross_entropy_chunked(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+def linear_cross_entropy_chunked(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int | None = None
+) -> Tensor:
     """A chunk of tokens at a time, with memory for one chunk of logits and one gradient of each input."""
     dtype = matmul_dtype(x_TD)
     needs_gradient = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
-    budget = CHUNK_BYTES if x_TD.is_cuda else CHUNK_BYTES_CPU
-    chunk = max(128, budget // (4 * weight_VD.shape[0]))
+    if chunk is None:
+        budget = CHUNK_BYTES if x_TD.is_cuda else CHUNK_BYTES_CPU
+        chunk = max(128, budget // (4 * weight_VD.shape[0]))
     return _ChunkedLinearCrossEntropy.apply(x_TD.to(dtype), weight_VD.to(dtype), targets_T, chunk, needs_gradient)
 
 

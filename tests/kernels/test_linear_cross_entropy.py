@@ -11,6 +11,7 @@ from blues.kernels.linear_cross_entropy import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_naive,
 )
+from blues.training.memory import peak_bytes
 
 
 def inputs(T=300, D=16, V=50, ignored=0.2, dtype=torch.float64, seed=0):
@@ -119,3 +120,18 @@ def test_under_autocast_parameters_keep_float32_gradients(function):
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
     x, weight, targets = inputs(V=64)
     assert linear_cross_entropy_chunked(x * 0, weight, targets).item() == pytest.approx(math.log(64))
+
+
+def test_memory_holds_the_logits_of_one_chunk_whatever_the_length():
+    D, V, chunk = 4, 512, 64
+    peaks = {}
+    for function in (linear_cross_entropy_naive, linear_cross_entropy_chunked):
+        for T in (512, 1024):
+            x, weight, targets = inputs(T=T, D=D, V=V, dtype=torch.float32)
+            peaks[function, T] = peak_bytes(lambda f=function, a=(x, weight, targets): f(*a, chunk).backward())
+    grown = {
+        f: (peaks[f, 1024] - peaks[f, 512]) / 512 for f in (linear_cross_entropy_naive, linear_cross_entropy_chunked)
+    }
+    assert grown[linear_cross_entropy_naive] > 4 * V  # at least the logits of every token
+    assert grown[linear_cross_entropy_chunked] <= 4 * 4 * D  # a few vectors of the width of the input
+    assert peaks[linear_cross_entropy_chunked, 1024] < 4 * (4 * chunk * V)
