@@ -35,7 +35,7 @@ from blues.model.attention.patterns import AttentionPattern, Causal, SlidingWind
 from blues.model.huggingface_tokenizer import tokenizer_files
 from blues.model.moe.layer import MoE
 from blues.model.moe.routers import NoisyTopK, SoftmaxTopK
-from blues.model.moe.rules import SkipLight
+from blues.model.moe.rules import SkipLight, SwitchOff
 from blues.model.rope import DynamicNTK, RotaryEmbedding
 from blues.model.rope.huggingface import from_rope_parameters, to_rope_parameters
 from blues.model.transformer import Transformer, is_mixture
@@ -254,6 +254,10 @@ def _config_to_huggingface(config: Transformer.Config) -> dict[str, Any]:
                 raise ConfigError(f"moe.{name}: {cannot}")
         if skips:
             raise ConfigError(f"moe.rules with skip_light: {cannot}")
+        if any(isinstance(rule, SwitchOff.Config) for rule in moe.rules):
+            raise ConfigError(f"moe.rules with switch_off: {cannot}; take what is off away with `blues prune --dead`")
+        if moe.redirect is not None:
+            raise ConfigError(f"moe.redirect={moe.redirect._variant}: {cannot}")
     if config.depth is not None:
         raise ConfigError(f"depth={config.depth._variant}: {cannot}")
     if config.experts_per_layer is not None:

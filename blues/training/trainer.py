@@ -33,6 +33,7 @@ from blues.errors import ConfigError, TrainingError
 from blues.model.attention.precision import overflow_metrics
 from blues.model.losses import UpdateLoad
 from blues.model.moe.layer import MoE, mixtures
+from blues.model.moe.rules.switch_off import switched_on_metrics
 from blues.model.transformer import Transformer
 from blues.tracking.metrics import ExpertStatistics
 from blues.training.adaptation import RouterAdaptation
@@ -332,6 +333,7 @@ class _Loop:
         metrics["throughput/step_seconds"] = seconds
         metrics["throughput/tokens_per_second"] = self.tokens_per_step / seconds
         metrics |= self.model.block_masks.metrics()
+        metrics |= switched_on_metrics(mixtures(self.model))
         metrics |= overflow_metrics(layer.attend.precision for layer in self.model.attentions)
         if self.compute is not None:
             counts_LC = parts[-1].view_as(self.compute).long().tolist()

@@ -60,7 +60,8 @@ def test_experts_are_switched_off_while_training_resumed_and_taken_away(router, 
     rule = SwitchOff.Config(share=0.5, start=2, until=4, every=1, regrowth=RandomRegrowth.Config())
     exp = experiment(data, checkpoint_every=1).override({"model.moe.router": router, "model.moe.num_experts": 6})
     exp = exp.replace(model=exp.model.replace(moe=exp.model.moe.replace(rules=(rule,))))
-    train(exp, tmp_path / "unbroken")
+    _, recorder = train(exp, tmp_path / "unbroken")
+    assert recorder.metrics("experts/layer_01/switched_on") == {1: 6, 2: 4, 3: 3, 4: 3, 5: 3, 6: 3}
     train(exp, tmp_path / "broken", stop_after=3)
     train(exp, tmp_path / "broken")
     assert_identical(tmp_path / "unbroken", tmp_path / "broken")

@@ -12,7 +12,7 @@ import abc
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blues import config as cfg
 from blues.errors import ConfigError
@@ -139,3 +139,14 @@ class SwitchOff(Rule, variant="switch_off"):
         left = 1 - (update - config.start + config.every) / (config.until - config.start + config.every)
         share = config.share * (1 - max(0.0, left) ** 3)
         return min(round(share * self.num_experts), self.num_experts - self.least_on)
+
+
+def switched_on_metrics(layers: Sequence[tuple[int, nn.Module]]) -> dict[str, float]:
+    """experts/layer_NN/switched_on of the mixture layers (number, layer) in which experts may be off; waits for the
+    device once a layer, and not at all without such layers."""
+    found = {}
+    for layer, moe in layers:
+        off_E = moe.get_submodule("router").off_E
+        if isinstance(off_E, Tensor):
+            found[f"experts/layer_{layer:02d}/switched_on"] = float((~off_E).sum())
+    return found
