@@ -5,6 +5,7 @@
     RUN/metrics.jsonl     every metric, the truth         RUN/logs/          what each worker printed
     RUN/tracking.json     the MLflow run that follows     RUN/specialization/   what each expert learned
     RUN/pruning/          if it began as a pruned model: recipe, losses, figure
+    RUN/extension.json    if it extends another run's context: what was measured before and after
 
 In: a path and an experiment. Out: the folder, held for the time of a `with` block, or a sentence why not.
 """
@@ -24,7 +25,7 @@ from blues.experiment import Experiment
 
 EXPERIMENT, RECORD, METRICS, TRACKING = "experiment.yaml", "run.json", "metrics.jsonl", "tracking.json"
 CHECKPOINTS, FIGURES, LOGS, RAY = "checkpoints", "figures", "logs", ".ray"
-SPECIALIZATION, PRUNING = "specialization", "pruning"
+SPECIALIZATION, PRUNING, EXTENSION = "specialization", "pruning", "extension.json"
 DRIVER_LOCK, WORKER_LOCK = ".driver.lock", ".worker.lock"
 OWN = (
     EXPERIMENT,
@@ -35,6 +36,7 @@ OWN = (
     FIGURES,
     SPECIALIZATION,
     PRUNING,
+    EXTENSION,
     LOGS,
     RAY,
     DRIVER_LOCK,
