@@ -1,8 +1,8 @@
 """Measure how fast Blues is, beside its peers in the same run and on the same data.
 
-AREA is data or attention; both leave figures over rounds with their spread, recorded with commit, machine, versions,
-seed and load as JSON, a table and a chart. A goal that the mean reaches is met; where a repeat misses it, that is said.
-A peer that is not installed is named and skipped. Ctrl-C keeps what was measured.
+AREA is data, attention or model; all leave figures over rounds with their spread, recorded with commit, machine,
+versions, seed and load as JSON, a table and a chart. A goal that the mean reaches is met; where a repeat misses it,
+that is said. A peer that is not installed is named and skipped. Ctrl-C keeps what was measured.
 
 data: preparing, loading, verifying, deduplicating and updating datasets, beside tiktoken, fastokens, Hugging
 Face datasets, mosaicml-streaming, litdata and datasketch. What is prepared is Python source: the packages installed
@@ -11,6 +11,10 @@ the size of the data.
 
 attention: what a model runs, beside every backend, at the shape of Blues-01 on a CUDA device: causal, window, decoding.
 
+model: every variant of the search spaces that change the model (`blues sweep --list`), at equal tokens: step time, peak
+memory and validation loss over seeds, each beside the default, and whether the figures can tell it from chance. One
+space at `tiny` takes about ten minutes on two cores. The same command goes on after an interruption.
+
 examples:
   blues benchmark data
   blues benchmark data --only loader,verify --store-gb 1
@@ -18,6 +22,7 @@ examples:
   python -m venv peers && peers/bin/pip install mosaicml-streaming litdata datasets tiktoken
   blues benchmark data --peer-python peers/bin/python
   blues benchmark attention --only decoding --repeat 5
+  blues benchmark model --only router,rope --steps 60 --seeds 3 --keep
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("area", metavar="AREA", choices=tuple(AREAS), help=f"what is measured: {', '.join(AREAS)}")
     parser.add_argument("--only", metavar="GROUP,GROUP", help="only these groups of the area (default: all)")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds (model: a round is a seed, --seeds)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn at random")
     parser.add_argument("--work", default="benchmark", metavar="DIR", help="folder for data (4 x the store) and logs")
     parser.add_argument(
@@ -56,22 +61,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that prepare")
     attention = parser.add_argument_group("attention")
     attention.add_argument("--calls", type=int, default=20, metavar="N", help="calls of a round; their median counts")
+    model = parser.add_argument_group("model")
+    model.add_argument("--size", default="tiny", metavar="NAME", help="experiment that is varied, or its YAML file")
+    model.add_argument("--steps", type=int, default=60, metavar="N", help="updates of a run")
+    model.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of every variant, from --seed on")
 
 
 def run(args: argparse.Namespace) -> int:
     from tuning.benchmarks.bench import Bench
-    from tuning.benchmarks.chart import draw
     from tuning.benchmarks.record import Record
 
     bench = Bench(Path(args.work), Record(Path(args.output), vars(args)), args.repeat)
     try:
         AREAS[args.area](args, bench)
     finally:  # also what was measured before Ctrl-C
-        print(bench.record.table())
-        for file in (bench.record.path, draw(bench.record, bench.record.path.with_suffix(".png"))):
+        table, chart = present(args.area, bench)
+        print(table)
+        for file in (bench.record.path, chart):
             if file is not None and file.exists():
                 print(f"wrote {file}")
     return 1 if bench.record.failed else 0
+
+
+def present(area: str, bench: Bench) -> tuple[str, Path | None]:
+    """The table of what was measured, and the file of its chart (None where nothing was)."""
+    picture = bench.record.path.with_suffix(".png")
+    if area == "model":
+        from tuning.benchmarks import model
+
+        return model.table(bench.record), model.draw(bench.record, picture)
+    from tuning.benchmarks.chart import draw
+
+    return bench.record.table(), draw(bench.record, picture)
 
 
 def run_data(args: argparse.Namespace, bench: Bench) -> None:
@@ -95,7 +116,14 @@ def run_attention(args: argparse.Namespace, bench: Bench) -> None:
     benchmark(bench, args.only, calls=args.calls, seed=args.seed)
 
 
-AREAS = {"data": run_data, "attention": run_attention}
+def run_model(args: argparse.Namespace, bench: Bench) -> None:
+    from tuning.benchmarks.model import Options, benchmark
+
+    options = Options(size=args.size, steps=args.steps, seeds=args.seeds, seed=args.seed)
+    benchmark(bench, options, args.only, keep=args.keep)
+
+
+AREAS = {"data": run_data, "attention": run_attention, "model": run_model}
 """What can be measured, and what does it; each has an argument group of its own above."""
 
 

@@ -199,10 +199,10 @@ class Record:
                 rows.append([_label(measurement), *("" if spread is None else str(spread) for spread in spreads)])
         lines += [f"  {line}" for line in align(rows)] if len(rows) > 1 else []
         lines += [f"  {_label(measurement)}: {_why(measurement)}" for measurement in own if measurement.problem]
-        lines += self._load(own) + self._uncounted(own)
+        lines += self.busy(own) + self._uncounted(own)
         return lines + [f"  = {figure}" for figure in self.figures if figure.group == name]
 
-    def _load(self, own: Sequence[Measurement]) -> list[str]:
+    def busy(self, own: Sequence[Measurement]) -> list[str]:
         """How busy the machine was with other work when the runs began, if it was."""
         loads = [run["load"][0] for measurement in own for run in measurement.runs]
         cores = len(os.sched_getaffinity(0))

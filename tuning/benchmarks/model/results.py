@@ -1,0 +1,132 @@
+"""What a benchmark of variants says: differences to the default with what chance alone would make of them.
+
+In: measurements of a group, the default first, whose runs have a seed. Out: `Difference`s, and a table.
+
+Runs of the same seed are compared with one another, so that what a seed does to both falls out. An interval is
+Student's for 95%, widened for the number of variants that are compared with the same default (Bonferroni): of groups
+in which nothing differs at most one in twenty shows a difference. Where it holds zero, the figures cannot tell.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blues.table import align
+from tuning.benchmarks.record import Measurement, Record, Spread
+from tuning.compare import t_quantile
+
+METRICS = ("step ms", "peak MB", "validation loss")
+WORDS = {"step ms": ("faster", "slower"), "peak MB": ("less", "more"), "validation loss": ("better", "worse")}
+"""What less of a metric is called, and what more of it is."""
+RELATIVE = ("step ms",)
+"""Metrics whose differences are in percent of the default."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a metric to the default, seed by seed. comparisons: variants that are compared with this default."""
+
+    metric: str
+    values: tuple[float, ...]
+    comparisons: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval; None for one seed."""
+        seeds = len(self.values)
+        if seeds < 2:
+            return None
+        return t_quantile(seeds - 1, self.comparisons) * statistics.stdev(self.values) / math.sqrt(seeds)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `cannot tell`."""
+        less, more = WORDS[self.metric]
+        return (less if self.mean < 0 else more) if self.tells else "cannot tell"
+
+    def tree(self) -> dict[str, Any]:
+        unit = "%" if self.metric in RELATIVE else self.metric
+        found = {"mean": self.mean, "half": self.half, "verdict": self.verdict, "comparisons": self.comparisons}
+        return {**found, "unit": unit, "values": list(self.values)}
+
+    def __str__(self) -> str:
+        """`-0.0310 ± 0.0120 better`."""
+        if self.metric in RELATIVE:
+            form, unit = ".1f", "%"
+        else:
+            form, unit = (".4f", "") if "loss" in self.metric else (".1f", " MB")
+        half = "" if self.half is None else f" ± {self.half:{form}}"
+        return f"{self.mean:+{form}}{half}{unit} {self.verdict}"
+
+
+def against_default(made: Sequence[Measurement]) -> list[tuple[Measurement, dict[str, Difference]]]:
+    """Every variant that shares a seed with the default, which is the first, with its differences by metric."""
+    default, *others = made
+    measured = [other for other in others if other.runs]
+    base = {run["seed"]: run for run in default.runs}
+    found = []
+    for other in measured:
+        pairs = [(run, base[run["seed"]]) for run in other.runs if run["seed"] in base]
+        if pairs:
+            differences = {
+                metric: Difference(metric, tuple(_difference(metric, *pair) for pair in pairs), len(measured))
+                for metric in METRICS
+            }
+            found.append((other, differences))
+    return found
+
+
+def _difference(metric: str, run: dict[str, Any], default: dict[str, Any]) -> float:
+    if metric in RELATIVE:
+        return 100 * (run[metric] / default[metric] - 1)
+    return run[metric] - default[metric]
+
+
+def table(record: Record) -> str:
+    """Every group for a terminal: the figures, and beside them the differences to the default."""
+    return "\n\n".join("\n".join(_group(record, name)) for name in record.groups)
+
+
+def _group(record: Record, name: str) -> list[str]:
+    own = [measurement for measurement in record.measurements if measurement.group == name]
+    lines = [f"{name}: {record.groups[name]['title']}"]
+    if own and own[0].runs:
+        differences = {other.name: found for other, found in against_default(own)}
+        head = ["", "seeds", *METRICS, *(f"{metric}, to default" for metric in METRICS)]
+        rows = [_row(measurement, differences.get(measurement.name)) for measurement in own if measurement.runs]
+        rows[0][0] += " (default)"
+        lines += [f"  {line}" for line in align([head, *rows])]
+    for measurement in own:
+        if measurement.problem:
+            lines.append(
+                f"  {measurement.name}: {'skipped' if measurement.skipped else 'FAILED'}: {measurement.problem}"
+            )
+    lines.append("  mean ± standard deviation over seeds; differences: paired by seed, ± half of the 95% interval")
+    return lines + record.busy(own)
+
+
+def _row(measurement: Measurement, differences: dict[str, Difference] | None) -> list[str]:
+    spreads = {metric: measurement.spread(metric) for metric in METRICS}
+    figures = [_figure(metric, spread) for metric, spread in spreads.items() if spread is not None]
+    compared = [str(differences[metric]) for metric in METRICS] if differences else [""] * len(METRICS)
+    return [measurement.name, str(len(measurement.runs)), *figures, *compared]
+
+
+def _figure(metric: str, spread: Spread) -> str:
+    """A loss has four digits: it differs in the third."""
+    if "loss" not in metric:
+        return str(spread)
+    return f"{spread.mean:.4f}" + (f" ± {spread.deviation:.4f}" if len(spread.values) > 1 else "")
