@@ -1,7 +1,7 @@
 """What an experiment can choose: every registered class, with its source and the setting that chooses it.
 
-In: the families of `blues.config`. Out: `Family` values, as lines for a terminal, as JSON, and as the table that stands
-in a document between two marks.
+In: the families of `blues.config`, and the attention backends, which are functions. Out: `Family` values, as lines for
+a terminal, as JSON, and as the table that stands in a document between two marks.
 
 The first line of a member's docstring is where everything here comes from: it says what the member is, and in
 parentheses whose it is (a paper, an arXiv number) or that it is of this project.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,7 @@ REGISTERING = (
 
 OWN = ("this project", "Blues' own")
 """How a first line says that an idea is of nobody else."""
+BACKENDS_FAMILY = "attention_backend"
 BY_COMMAND = {
     "pruning_criterion": "blues prune --criterion NAME",
     "pruning_action": "blues prune --action NAME",
@@ -108,22 +109,33 @@ def families(names: Sequence[str] = ()) -> list[Family]:
     """
     for module in REGISTERING:
         import_module(module)
+    everything = [*FAMILIES, BACKENDS_FAMILY]
     for name in names:
-        if name not in FAMILIES:
-            raise ConfigError(f"unknown family {name!r}.{nearest(name, FAMILIES)}")
+        if name not in everything:
+            raise ConfigError(f"unknown family {name!r}.{nearest(name, everything)}")
     paths = _paths()
     return [
-        Family(
-            name,
-            first_line(FAMILIES[name]),
-            tuple(paths.get(name, ())),
-            tuple(
-                Member(variant, first_line(member), member.__module__, _defaults(member.Config))
-                for variant, member in sorted(FAMILIES[name].variants.items())
-            ),
-        )
-        for name in sorted(names or FAMILIES)
+        _backends() if name == BACKENDS_FAMILY else _registered(name, paths.get(name, ()))
+        for name in sorted(names or everything)
     ]
+
+
+def _registered(name: str, settings: Sequence[str]) -> Family:
+    members = [
+        Member(variant, first_line(member), member.__module__, _defaults(member.Config))
+        for variant, member in sorted(FAMILIES[name].variants.items())
+    ]
+    return Family(name, first_line(FAMILIES[name]), tuple(settings), tuple(members))
+
+
+def _backends() -> Family:
+    from blues.kernels.attention import BACKENDS
+
+    members = [
+        Member(name, first_line(backend.attend), backend.attend.__module__, {}) for name, backend in BACKENDS.items()
+    ]
+    summary = "What computes attention: `auto` takes the fastest that supports the case."
+    return Family(BACKENDS_FAMILY, summary, ("model.attention.backend",), tuple(members))
 
 
 def lines(found: Sequence[Family], *, settings: bool) -> Iterator[str]:
@@ -180,9 +192,10 @@ def update(path: str | Path) -> bool:
     return renewed != text
 
 
-def first_line(cls: type[Configurable]) -> str:
-    """Of the class's own docstring; empty without one."""
-    return (cls.__dict__.get("__doc__") or "").strip().partition("\n")[0]
+def first_line(thing: type[Configurable] | Callable[..., Any]) -> str:
+    """Of the docstring that a class (not its base) or a function has itself; empty without one."""
+    own = thing.__dict__.get("__doc__") if isinstance(thing, type) else thing.__doc__
+    return (own or "").strip().partition("\n")[0]
 
 
 def names_source(summary: str) -> bool:

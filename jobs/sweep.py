@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         for name, function in spaces.SPACES.items():
-            print(f"{name:<16} {function.__doc__}")
+            print(f"{name:<18} {(function.__doc__ or '').partition(chr(10))[0]}")
         return 0
     if args.space is None:
         raise ConfigError(f"say what to vary, e.g. `blues sweep router`; there are: {', '.join(spaces.SPACES)}")

@@ -35,14 +35,14 @@ def missing_flash4() -> str | None:
 
 
 def attention_flash2(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """FlashAttention 2, in half precision on CUDA."""
+    """FlashAttention 2, in half precision on CUDA (arXiv 2307.08691)."""
     from flash_attn import flash_attn_func
 
     return flash_attn_func(q_BTHC, k_BSGC, v_BSGC, causal=sight.is_causal, window_size=window_of(sight))
 
 
 def attention_flash4(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """FlashAttention 4, in half precision on Hopper and Blackwell."""
+    """FlashAttention 4, in half precision on Hopper and Blackwell (arXiv 2603.05451)."""
     return _flash4(q_BTHC, k_BSGC, v_BSGC, *window_of(sight))[0]
 
 

@@ -37,7 +37,10 @@ with a pattern of its own in every layer exceeds."""
 
 
 def attention_flex(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """See the module's docstring. A `sight` without a block mask gets one, made once for each window and length."""
+    """FlexAttention, compiled for the mask of a pattern (arXiv 2412.05496).
+
+    See the module's docstring. A `sight` without a block mask gets one, made once for each window and length.
+    """
     _, T, H, _ = q_BTHC.shape
     _, S, G, _ = k_BSGC.shape
     block_mask = block_mask_of(sight, T, S, q_BTHC.device)

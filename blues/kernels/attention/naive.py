@@ -11,7 +11,7 @@ from blues.kernels.precision import at_least_float32
 
 
 def attention_naive(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """The definition, written out; softmax in float32 or better."""
+    """The definition, written out; softmax in float32 or better (Vaswani et al., arXiv 1706.03762)."""
     _, T, H, C = q_BTHC.shape
     _, S, G, _ = k_BSGC.shape
     k_BSHC = repeat(k_BSGC, "b s g c -> b s (g share) c", share=H // G)

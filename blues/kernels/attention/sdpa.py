@@ -25,7 +25,7 @@ BARE = ("full", "causal")
 
 
 def attention_sdpa(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """The fused kernels of torch, never MATH.
+    """The fused kernels of torch, never MATH (FlashAttention-2, arXiv 2307.08691; memory-efficient, arXiv 2112.05682).
 
     CPU: flash. CUDA: flash or cuDNN in half precision without a mask, else the memory-efficient kernel.
     """
@@ -43,7 +43,7 @@ def attention_sdpa_flash(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: 
 
 
 def attention_sdpa_cudnn(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """cuDNN's fused attention.
+    """cuDNN's fused attention, which follows FlashAttention-2 (arXiv 2307.08691).
 
     torch refuses it for a single key. The weight of that key is 1: every query gets its value, and no gradient reaches
     the query and the key.
@@ -54,7 +54,7 @@ def attention_sdpa_cudnn(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: 
 
 
 def attention_sdpa_math(q_BTHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sight: Sight) -> Tensor:
-    """torch's unfused attention: all scores in memory, any dtype, any device."""
+    """torch's unfused attention: all scores in memory, any dtype, any device (Vaswani et al., arXiv 1706.03762)."""
     return _attend(q_BTHC, k_BSGC, v_BSGC, sight, [MATH], share=False)
 
 
