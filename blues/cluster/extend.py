@@ -109,6 +109,8 @@ def extend(
     target, given = Path(run_dir).resolve(), Path(checkpoint).resolve()
     if target in (given, *given.parents):
         raise ConfigError(f"--run-dir {str(run_dir)!r} is the run that is to be extended; give a new folder")
+    with torch.device("meta"):
+        source.check_shapes(experiment.model.build(), cfg.dump(experiment))
     data: Mixture = experiment.data.build(split="train")
     held = _held_out(experiment)
     if warning := short_documents(experiment.data.path, experiment.data.sequence_length):
