@@ -38,6 +38,7 @@ JOURNEY = (
     "sweep",
     "generate",
     "evaluate",
+    "extend",
     "prune",
     "export",
     "benchmark",
