@@ -83,14 +83,14 @@ def check(config: Transformer.Config) -> None:
     refuse_whole("sequence_chunk", config.moe)
     if config.depth is not None:
         raise ConfigError(
-            f"sequence_chunk cannot go with depth={config.depth._variant}, which compares all tokens of a sequence; set "
-            "one of them"
+            f"sequence_chunk cannot go with depth={config.depth._variant}, which compares all tokens of a sequence; "
+            "set one of them"
         )
     pattern: AttentionPattern = config.attention.pattern.build()
     if pattern.needs_tree:
         raise ConfigError(
-            f"sequence_chunk cannot go with attention.pattern={pattern.config._variant}, which reads a tree of the whole "
-            "sequence; choose another pattern"
+            f"sequence_chunk cannot go with attention.pattern={pattern.config._variant}, which reads a tree of the "
+            "whole sequence; choose another pattern"
         )
 
 

@@ -118,7 +118,7 @@ class Transformer(nn.Module, cfg.Configurable):
                     f"{self.cross_entropy_chunk} with {self.cross_entropy}"
                 )
             if self.depth is not None:
-                self.depth.build().check(self.attention, self.moe, self.num_layers)
+                self.depth.build(num_layers=self.num_layers).check(self.attention, self.moe)
             self.attention.rope.build(head_dim=self.attention.head_dim, max_seq_len=self.max_seq_len)
 
     config: Config
@@ -131,7 +131,7 @@ class Transformer(nn.Module, cfg.Configurable):
         std = config.init_std
         self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         nn.init.normal_(self.embedding.weight, std=std, generator=generator)
-        self.depth: Depth | None = None if config.depth is None else config.depth.build()
+        self.depth: Depth | None = None if config.depth is None else config.depth.build(num_layers=config.num_layers)
         make_block = Block if self.depth is None else self.depth.block
         self.blocks = nn.ModuleList(
             make_block(
@@ -209,22 +209,30 @@ class Transformer(nn.Module, cfg.Configurable):
             progress=progress,
             tree=tree,
         )
-        weight_VD = self.embedding.weight if self.head is None else self.head.weight
         if targets_BT is None:
             if num_logits is not None:
                 x_BTD = x_BTD[:, x_BTD.shape[1] - num_logits :]
-            logits_BTV = at_least_float32(F.linear(x_BTD, weight_VD))
-            return ModelOutput(logits_BTV, None, routing, self._computed(tokens_BT, routing, passings))
-        linear_cross_entropy = LINEAR_CROSS_ENTROPY[self._cross_entropy]
-        chunk = self.config.cross_entropy_chunk
-        cross_entropy = linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), chunk)
-        if num_targets is not None:
-            cross_entropy = cross_entropy * ((targets_BT != IGNORED).sum().to(cross_entropy.dtype) / num_targets)
-        losses = self._losses(cross_entropy, routing, len(tokens_BT), load)
-        penalties = [passing.penalty for passing in passings if passing is not None and passing.penalty is not None]
-        if penalties:
-            losses = losses._replace(total=losses.total + torch.stack(penalties).mean())
+            return ModelOutput(self.logits(x_BTD), None, routing, self._computed(tokens_BT, routing, passings))
+
+        def cross_entropy(x_BTD: Tensor) -> Tensor:
+            linear_cross_entropy, chunk = LINEAR_CROSS_ENTROPY[self._cross_entropy], self.config.cross_entropy_chunk
+            mean = linear_cross_entropy(x_BTD.flatten(0, 1), self._head_VD, targets_BT.flatten(), chunk)
+            if num_targets is None:
+                return mean
+            return mean * ((targets_BT != IGNORED).sum().to(mean.dtype) / num_targets)
+
+        losses = self._losses(cross_entropy(x_BTD), routing, len(tokens_BT), load)
+        if self.depth is not None:
+            losses = self.depth.add_losses(losses, passings, lambda x_BTD: cross_entropy(self.norm(x_BTD)))
         return ModelOutput(None, losses, routing, self._computed(tokens_BT, routing, passings))
+
+    @property
+    def _head_VD(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Of what `hidden` returns, in float32 or better."""
+        return at_least_float32(F.linear(x_BTD, self._head_VD))
 
     def _computed(
         self, tokens_BT: Tensor, routing: tuple[Routing, ...], passings: tuple[Passing | None, ...]
@@ -319,7 +327,7 @@ class Transformer(nn.Module, cfg.Configurable):
         routings: list[Routing] = []
         passings: list[Passing | None] = []
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for block, view in zip(self.blocks, views, strict=True):
+        for number, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
             if recompute:
                 # The random state is restored for the second run, so the routers draw the same noise again.
                 x_BTD, routing, *rest = checkpoint(
@@ -330,6 +338,8 @@ class Transformer(nn.Module, cfg.Configurable):
             passings.append(rest[0] if rest else None)
             if routing is not None:
                 routings.append(routing)
+            if self.depth is not None and not self.training:
+                context = self.depth.after(number, x_BTD, context, lambda x: self.logits(self.norm(x)))
         return Reading(self.norm(x_BTD), tuple(routings), tuple(passings))
 
     def backends(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -362,6 +372,10 @@ class Transformer(nn.Module, cfg.Configurable):
     def attentions(self) -> list[Attention]:
         """The attention of every layer."""
         return [cast(BlockParts, block).attention for block in self.blocks]
+
+    @property
+    def _num_exits(self) -> int:
+        return 0 if self.depth is None else self.depth.num_exits
 
     @property
     def _cross_entropy(self) -> str:
@@ -404,7 +418,7 @@ class Transformer(nn.Module, cfg.Configurable):
         """Metrics of summed `ModelOutput.compute_LC`: shares (see `blues.model.compute.summary`) and
         compute/flops_per_token, of training, as counted."""
         is_mixture_L = [isinstance(cast(BlockParts, block).feed_forward, MoE) for block in self.blocks]
-        head = (self.config.vocab_size + 1) * self.config.dim  # and the final norm
+        head = (1 + self._num_exits) * (self.config.vocab_size + 1) * self.config.dim  # and the final norm
         flops = compute.flops_per_token(counts_LC, self.layer_costs(seq_len), head)
         return compute.summary(counts_LC, is_mixture_L) | {"compute/flops_per_token": flops}
 
@@ -421,8 +435,8 @@ class Transformer(nn.Module, cfg.Configurable):
         attended = round(
             sum(share**2 for share in shares) * config.attention.num_heads * config.attention.head_dim * seq_len
         )
-        attention = 6 * attended
-        return 6 * (self.num_active_parameters() - lookup) + attention
+        exits = self._num_exits * (config.vocab_size + 1) * config.dim
+        return 6 * (self.num_active_parameters() - lookup + exits + attended)
 
 
 def _past(tokens_BT: Tensor, cache: KVCache | None, positions_BT: Tensor | None) -> Past | None:

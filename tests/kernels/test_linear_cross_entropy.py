@@ -124,14 +124,12 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
 
 def test_memory_holds_the_logits_of_one_chunk_whatever_the_length():
     D, V, chunk = 4, 512, 64
-    peaks = {}
-    for function in (linear_cross_entropy_naive, linear_cross_entropy_chunked):
+    peaks, both = {}, (linear_cross_entropy_naive, linear_cross_entropy_chunked)
+    for function in both:
         for T in (512, 1024):
             x, weight, targets = inputs(T=T, D=D, V=V, dtype=torch.float32)
             peaks[function, T] = peak_bytes(lambda f=function, a=(x, weight, targets): f(*a, chunk).backward())
-    grown = {
-        f: (peaks[f, 1024] - peaks[f, 512]) / 512 for f in (linear_cross_entropy_naive, linear_cross_entropy_chunked)
-    }
+    grown = {function: (peaks[function, 1024] - peaks[function, 512]) / 512 for function in both}
     assert grown[linear_cross_entropy_naive] > 4 * V  # at least the logits of every token
     assert grown[linear_cross_entropy_chunked] <= 4 * 4 * D  # a few vectors of the width of the input
     assert peaks[linear_cross_entropy_chunked, 1024] < 4 * (4 * chunk * V)
