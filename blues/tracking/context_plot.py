@@ -20,8 +20,8 @@ from blues.tracking.plots import DPI, GRID, INK, MUTED, write
 
 COLORS = ("#9aa5b1", "#d1571f", "#2f6db3", "#1b9e77")
 MARKERS = ("s", "^", "o", "D")
-LARGEST = 700.0
-"""exp of more overflows a float64."""
+LARGEST = 230.0
+"""More nats than this are drawn as e^230: the axis, which goes beyond, must not overflow."""
 SPREAD_OF_LOG = 4.0
 TICKS = 8
 LABEL_POINTS = 11.0
