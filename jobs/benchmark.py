@@ -11,9 +11,10 @@ the size of the data.
 
 attention: what a model runs, beside every backend, at the shape of Blues-01 on a CUDA device: causal, window, decoding.
 
-model: every variant of the search spaces that change the model (`blues sweep --list`), at equal tokens: step time, peak
-memory and validation loss over seeds, each beside the default, and whether the figures can tell it from chance. One
-space at `tiny` takes about ten minutes on two cores. The same command goes on after an interruption.
+model: every variant of the search spaces that change the model (`blues sweep --list`), at equal tokens: step time,
+processor time, peak memory and validation loss over seeds, each beside the default, and whether the figures can tell
+it from chance. One space at `tiny` takes about ten minutes on two idle cores. The same command goes on after an
+interruption.
 
 examples:
   blues benchmark data

@@ -146,6 +146,21 @@ def load_balancing(experiment: Experiment) -> Space:
 
 
 @space
+def load_balancing_scope(experiment: Experiment) -> Space:
+    """Balanced over the tokens of a micro batch, of each sequence, of the global batch."""
+    _mixture(experiment, "load_balancing_scope")
+    return choice("model.moe.load_balancing_scope", ["micro_batch", "sequence", "global_batch"])
+
+
+@space
+def router_noise(experiment: Experiment) -> Space:
+    """Every registered course of a router's noise over the training."""
+    if not hasattr(_mixture(experiment, "router_noise").router, "schedule"):
+        raise ConfigError("the search space 'router_noise' varies a router's noise, and model.moe.router has none")
+    return choice("model.moe.router.schedule", sorted(FAMILIES["router_noise"].variants))
+
+
+@space
 def shared_experts(experiment: Experiment) -> Space:
     """Without shared experts, and with one of a routed one's width, plain and gated."""
     _mixture(experiment, "shared_experts")
@@ -273,6 +288,12 @@ def context_growth(experiment: Experiment) -> Space:
         )
     stages = [{"until": 0.5, "length": length // 4}, {"until": 0.75, "length": length // 2}]
     return choice("training.context", [[], stages])
+
+
+@space
+def packing(experiment: Experiment) -> Space:
+    """Every registered way to cut a split into windows."""
+    return choice("data.packing", sorted(FAMILIES["packing"].variants))
 
 
 @space

@@ -1,4 +1,4 @@
-"""Variants of the model at equal tokens: step time, peak memory and validation loss, each beside the default.
+"""Variants of the model at equal tokens: time of a step, peak memory and validation loss, each beside the default.
 
 In: an experiment (by default `tiny`), names of search spaces, a number of steps and of seeds. Out: a record, a table
 and a figure, see `results` and `plot`.

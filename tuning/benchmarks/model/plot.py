@@ -1,8 +1,8 @@
 """The figure of a benchmark of variants.
 
-In: a `Record`. Out: a PNG, written whole: for each group a row of three panels (validation loss, step time, memory)
-with a line for each variant: its difference to the default, the interval, and a point for each seed. What the figures
-cannot tell from the default is grey.
+In: a `Record`. Out: a PNG, written whole: for each group a row of panels (validation loss, step time, processor time,
+memory) with a line for each variant: its difference to the default, the interval, and a point for each seed. What the
+figures cannot tell from the default is grey.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LESS, MORE, UNTOLD = "#2f6db3", "#d1571f", "#9aa5b1"
 PANELS = {
     "validation loss": "validation loss to the default, nats",
     "step ms": "step time to the default, %",
+    "cpu ms": "processor time to the default, %",
     "peak MB": "peak memory to the default, MB",
 }
 ROW_INCHES, HEAD_INCHES = 0.27, 1.05
@@ -40,9 +41,9 @@ def draw(record: Record, output: str | Path) -> Path | None:
     if not groups:
         return None
     heights = [HEAD_INCHES + ROW_INCHES * len(compared) for compared in groups.values()]
-    figure = Figure(figsize=(12.5, sum(heights)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(14.0, sum(heights)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(groups), len(PANELS), squeeze=False, height_ratios=heights, width_ratios=(5, 4, 4))
+    axes = figure.subplots(len(groups), len(PANELS), squeeze=False, height_ratios=heights, width_ratios=(5, 4, 4, 4))
     for row, (name, compared) in zip(axes, groups.items(), strict=True):
         for panel, metric in zip(row, PANELS, strict=True):
             _panel(panel, compared, metric)

@@ -19,10 +19,15 @@ from blues.table import align
 from tuning.benchmarks.record import Measurement, Record, Spread
 from tuning.compare import t_quantile
 
-METRICS = ("step ms", "peak MB", "validation loss")
-WORDS = {"step ms": ("faster", "slower"), "peak MB": ("less", "more"), "validation loss": ("better", "worse")}
+METRICS = ("step ms", "cpu ms", "peak MB", "validation loss")
+WORDS = {
+    "step ms": ("faster", "slower"),
+    "cpu ms": ("less", "more"),
+    "peak MB": ("less", "more"),
+    "validation loss": ("better", "worse"),
+}
 """What less of a metric is called, and what more of it is."""
-RELATIVE = ("step ms",)
+RELATIVE = ("step ms", "cpu ms")
 """Metrics whose differences are in percent of the default."""
 
 
@@ -96,33 +101,33 @@ def _difference(metric: str, run: dict[str, Any], default: dict[str, Any]) -> fl
 
 
 def table(record: Record) -> str:
-    """Every group for a terminal: the figures, and beside them the differences to the default."""
+    """Every group for a terminal: the figures, then the differences to the default, paired by seed."""
     return "\n\n".join("\n".join(_group(record, name)) for name in record.groups)
 
 
 def _group(record: Record, name: str) -> list[str]:
     own = [measurement for measurement in record.measurements if measurement.group == name]
     lines = [f"{name}: {record.groups[name]['title']}"]
-    if own and own[0].runs:
-        differences = {other.name: found for other, found in against_default(own)}
-        head = ["", "seeds", *METRICS, *(f"{metric}, to default" for metric in METRICS)]
-        rows = [_row(measurement, differences.get(measurement.name)) for measurement in own if measurement.runs]
-        rows[0][0] += " (default)"
-        lines += [f"  {line}" for line in align([head, *rows])]
+    if any(measurement.runs for measurement in own):
+        rows = [_row(measurement, own[0]) for measurement in own if measurement.runs]
+        lines += [f"  {line}" for line in align([["mean ± deviation over seeds", "seeds", *METRICS], *rows])]
+    if compared := against_default(own) if own else []:
+        head = ["difference ± half of the 95% interval", *METRICS]
+        rows = [[other.name, *(str(found[metric]) for metric in METRICS)] for other, found in compared]
+        lines += ["", *(f"  {line}" for line in align([head, *rows]))]
     for measurement in own:
         if measurement.problem:
             lines.append(
                 f"  {measurement.name}: {'skipped' if measurement.skipped else 'FAILED'}: {measurement.problem}"
             )
-    lines.append("  mean ± standard deviation over seeds; differences: paired by seed, ± half of the 95% interval")
     return lines + record.busy(own)
 
 
-def _row(measurement: Measurement, differences: dict[str, Difference] | None) -> list[str]:
+def _row(measurement: Measurement, default: Measurement) -> list[str]:
+    name = f"{measurement.name} (default)" if measurement is default else measurement.name
     spreads = {metric: measurement.spread(metric) for metric in METRICS}
     figures = [_figure(metric, spread) for metric, spread in spreads.items() if spread is not None]
-    compared = [str(differences[metric]) for metric in METRICS] if differences else [""] * len(METRICS)
-    return [measurement.name, str(len(measurement.runs)), *figures, *compared]
+    return [name, str(len(measurement.runs)), *figures]
 
 
 def _figure(metric: str, spread: Spread) -> str:

@@ -62,6 +62,7 @@ class Stand:
             raise MeasurementFailed("no such kernel")
         return {
             "step ms": 100.0 + len(router),
+            "cpu ms": 90.0,
             "peak MB": 50.0 + seed,
             "validation loss": 5.0 + seed + len(router) / 10,
         }
@@ -175,7 +176,8 @@ def test_differences_are_paired_and_cannot_tell_where_the_interval_crosses_zero(
 
 def test_only_shared_seeds_are_compared():
     def measurement(name, **losses):
-        runs = [{"seed": int(s[1:]), "step ms": 10.0, "peak MB": 1.0, "validation loss": v} for s, v in losses.items()]
+        same = {"step ms": 10.0, "cpu ms": 9.0, "peak MB": 1.0}
+        runs = [{"seed": int(seed[1:]), "validation loss": loss, **same} for seed, loss in losses.items()]
         return Measurement("g", name, "blues", "", results.METRICS, runs=runs)
 
     made = [measurement("a", s0=1.0, s1=2.0), measurement("b", s1=2.5, s2=9.0), measurement("c", s2=9.0)]
@@ -217,5 +219,5 @@ def test_a_real_run_is_measured_recorded_and_drawn(tmp_path, small, capsys):
     for measurement in saved["measurements"]:
         [run] = measurement["runs"]
         assert 0 < run["active parameters"] <= run["parameters"] and run["tokens"] == 4 * 8 * 64
-        assert 7 < run["validation loss"] < 9 and run["step ms"] > 0 and run["peak MB"] > 0
+        assert 7 < run["validation loss"] < 9 and run["step ms"] > 0 and run["cpu ms"] > 0 and run["peak MB"] > 0
     assert (tmp_path / "r.png").exists()
