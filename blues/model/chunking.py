@@ -80,6 +80,11 @@ def check(config: Transformer.Config) -> None:
         raise ConfigError(
             f"sequence_chunk: must be at least 1, or null for whole sequences, got {config.sequence_chunk}"
         )
+    if config.activation_offload:
+        raise ConfigError(
+            "activation_offload cannot go with sequence_chunk, which keeps no activations for the backward; set one "
+            "of them"
+        )
     refuse_whole("sequence_chunk", config.moe)
     if config.depth is not None:
         raise ConfigError(

@@ -17,6 +17,7 @@ Legend: B batch, T time, D width, V vocabulary, E experts.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -40,6 +41,7 @@ from blues.model.layers import Linear, RMSNorm
 from blues.model.losses import Losses, UpdateLoad, add_span_penalty, combine_losses
 from blues.model.moe.layer import MoE, mixtures
 from blues.model.moe.routing import Routing
+from blues.model.offload import Offload
 from blues.model.rope import RotaryEmbedding
 
 
@@ -91,6 +93,8 @@ class Transformer(nn.Module, cfg.Configurable):
         cross_entropy: Literal["auto", "naive", "chunked"] = "auto"
         cross_entropy_chunk: int | None = None
         """Tokens whose logits the chunked cross-entropy holds at once; None: by the memory that they take."""
+        activation_offload: bool = False
+        """Activations wait for the backward in the host's memory (see `blues.model.offload`)."""
         sequence_chunk: int | None = None
         """Tokens of a sequence that are read at once, with activations for no more; None: all (see `chunking`)."""
 
@@ -326,15 +330,18 @@ class Transformer(nn.Module, cfg.Configurable):
         x_BTD = self.embedding(tokens_BT)
         routings: list[Routing] = []
         passings: list[Passing | None] = []
-        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        training = self.training and torch.is_grad_enabled()
+        recompute = self.config.gradient_checkpointing and training
+        keep = Offload(x_BTD.device).block if self.config.activation_offload and training else nullcontext
         for number, (block, view) in enumerate(zip(self.blocks, views, strict=True)):
-            if recompute:
-                # The random state is restored for the second run, so the routers draw the same noise again.
-                x_BTD, routing, *rest = checkpoint(
-                    block, x_BTD, view, context, cache, use_reentrant=False, context_fn=_keep_decisions
-                )
-            else:
-                x_BTD, routing, *rest = block(x_BTD, view, context, cache)
+            with keep(block):
+                if recompute:
+                    # The random state is restored for the second run, so the routers draw the same noise again.
+                    x_BTD, routing, *rest = checkpoint(
+                        block, x_BTD, view, context, cache, use_reentrant=False, context_fn=_keep_decisions
+                    )
+                else:
+                    x_BTD, routing, *rest = block(x_BTD, view, context, cache)
             passings.append(rest[0] if rest else None)
             if routing is not None:
                 routings.append(routing)
