@@ -12,6 +12,7 @@ and output must be on a file system that all of them see.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import time
@@ -24,7 +25,7 @@ import pyarrow as pa
 
 from blues.cluster import session
 from blues.cluster.pool import map_tasks, modules_of
-from blues.data.preparing.base import Base, Mode, Settings, files_table, find_base, holds_dataset
+from blues.data.preparing.base import Ahead, Base, Mode, Settings, files_table, find_base, holds_dataset
 from blues.data.preparing.build import Build, Progress
 from blues.data.preparing.shards import Recipe, TaskResult, run_task
 from blues.data.reading.readers import Part
@@ -60,7 +61,7 @@ class Prepared:
 
 
 def prepare(
-    source: Plan | Callable[[], Plan],
+    source: Plan | Callable[..., Plan],
     output: str | Path,
     tokenizer: Tokenizer.Config,
     *,
@@ -77,7 +78,7 @@ def prepare(
 
     Args:
         source: what is read, or a function that looks for it (it is called in a thread, while Ray starts, if a new
-            dataset is to be made).
+            dataset is to be made; for an update with `known`, see `sources.plan`).
         validation_fraction: share of the documents held out as the split `validation`, chosen by a hash of their ids;
             each split gets at least one document if there are two or more (of different ids) and the share is positive,
             and a document that is alone is for training.
@@ -102,9 +103,16 @@ def prepare(
     settings = Settings(tokenizer, validation_fraction, compression)
     began = time.monotonic()
     fresh = not holds_dataset(output) or overwrite
-    with _planned(source, fresh, num_workers, address) as plan, exclusive(output):
+    with contextlib.ExitStack() as open_until_done:
+        ahead = None
+        if mode == "update" and not fresh and callable(source):
+            ahead = Ahead(output, tokenizer)
+            open_until_done.callback(ahead.close)
+            source = functools.partial(source, known=ahead.known)
+        plan = open_until_done.enter_context(_planned(source, fresh, num_workers, address))
+        open_until_done.enter_context(exclusive(output))
         recover(output)
-        base = find_base(output, plan, settings, mode) if holds_dataset(output) and not overwrite else None
+        base = find_base(output, plan, settings, mode, ahead) if holds_dataset(output) and not overwrite else None
         table = files_table(plan, 0 if base is None else base.origin)
         if base is not None and mode == "prepare":
             _refuse_other(base, plan, table)
@@ -112,13 +120,15 @@ def prepare(
             return Prepared(base.newest, plan, made=False)
         build = Build(plan, table, partial_directory(output), settings, base)
         build.began = began  # Ray may have started before there was a plan
+        if ahead is not None:
+            ahead.wait_for_tokenizer()
         done = _do_tasks(build, backend, num_workers, address, report)
         store = build.publish(output, _operation(build, mode), code_version())
     return Prepared(store, plan, True, build.progress(), done.tokenizers, done.fell_back, done.rechecked)
 
 
 def _planned(
-    source: Plan | Callable[[], Plan], fresh: bool, num_workers: int | None, address: str | None
+    source: Plan | Callable[..., Plan], fresh: bool, num_workers: int | None, address: str | None
 ) -> contextlib.AbstractContextManager[Plan]:
     """The plan, with Ray connected if it took a while and will be needed: an update may find that it needs none."""
     if isinstance(source, Plan):

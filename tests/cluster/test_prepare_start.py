@@ -32,7 +32,7 @@ def prepare(source, output: Path, **options) -> preparing.Prepared:
 
 
 def slow_plan(path: Path):
-    def look() -> Plan:
+    def look(**_) -> Plan:
         time.sleep(0.2)
         return sources.plan(path)
 

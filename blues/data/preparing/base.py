@@ -5,24 +5,29 @@ In: a dataset directory, a plan of source files, settings. Out: a `Base` to go o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from blues import __version__
 from blues import config as cfg
+from blues.data.reading.git_changes import Known
 from blues.data.reading.sources import Plan
 from blues.data.storage import versions
 from blues.data.storage.arrays import flags, positions, whole_numbers
 from blues.data.storage.chunks import SUFFIXES, Compression, numbers
-from blues.data.storage.manifest import MANIFEST, MIXTURE
-from blues.data.storage.store import Store
+from blues.data.storage.manifest import MANIFEST, MIXTURE, read_regular
+from blues.data.storage.store import SPLITS, Store
 from blues.data.tokenizer import Tokenizer
 from blues.errors import DataError
 
+Read = TypeVar("Read")
 Mode = Literal["prepare", "update", "append"]
 RAW = ("prepare", "update", "append")
 """Operations whose versions hold every document of their sources, so that an update can build upon them."""
@@ -47,6 +52,50 @@ class Settings:
         return {"validation_fraction": self.validation_fraction, "compression": self.compression}
 
 
+class Ahead:
+    """What an update needs of the dataset at `output`, read in a thread while its source is looked through.
+
+    Whoever writes there may do so meanwhile: `is_current` says whether it still is what lies there. Whatever goes wrong
+    is raised where a result is asked for, and so as if it had been read there and then.
+    """
+
+    def __init__(self, output: Path, tokenizer: Tokenizer.Config) -> None:
+        self._output, self._pool = output, ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._manifest = self._pool.submit(read_regular, output / MANIFEST)
+        self.stores = self._pool.submit(_newest_and_raw, output)
+        self.files = self._pool.submit(self._of_raw, versions.files_of)
+        self._encoding = self._pool.submit(tokenizer.build)
+        self.documents = {
+            split: self._pool.submit(self._of_raw, partial(versions.documents_of, split=split)) for split in SPLITS
+        }
+
+    def _of_raw(self, function: Callable[[Store], Read]) -> Read:
+        return function(self.stores.result()[1])
+
+    def known(self) -> Known | None:
+        """What the dataset says of the commit it was made of; None where it is of something else, or of more."""
+        if self.stores.exception() is not None:
+            return None  # `find_base` says so, once there is a plan
+        manifest = self.stores.result()[1].manifest
+        sources = manifest["sources"]
+        same_rules = manifest["code"].get("blues") == __version__  # of what is read and what is passed over
+        if len(sources) != 1 or not sources[0].get("tree") or not same_rules or self.files.exception() is not None:
+            return None
+        return Known(sources[0]["tree"], sources[0]["ignored"], self.files.result)
+
+    def is_current(self) -> bool:
+        """Whether the newest version is still the one that was read."""
+        return self._manifest.exception() is None and self._manifest.result() == read_regular(self._output / MANIFEST)
+
+    def wait_for_tokenizer(self) -> None:
+        """Until the vocabulary is there, so that it is not loaded twice."""
+        wait([self._encoding])
+
+    def close(self) -> None:
+        """Leave what was not begun."""
+        self._pool.shutdown(cancel_futures=True)
+
+
 @dataclass(frozen=True)
 class Base:
     """What an update or an addition goes on from.
@@ -58,11 +107,16 @@ class Base:
     newest: Store
     raw: Store
     origin: int
+    ahead: Ahead | None = None
 
     @cached_property
     def files(self) -> pa.Table:
         """All files of `raw`, in their order: versions.FILES_SCHEMA."""
-        return versions.files_of(self.raw)
+        return versions.files_of(self.raw) if self.ahead is None else self.ahead.files.result()
+
+    def documents(self, split: str) -> tuple[np.ndarray, pa.Array]:
+        """`versions.documents_of` a split of `raw`."""
+        return versions.documents_of(self.raw, split) if self.ahead is None else self.ahead.documents[split].result()
 
     @cached_property
     def own_files(self) -> pa.Table:
@@ -93,14 +147,15 @@ def files_table(plan: Plan, origin: int = 0) -> pa.Table:
     return plan.files.append_column("origin", origins)
 
 
-def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
-    """What `mode` goes on from: the dataset at `output`.
+def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode, ahead: Ahead | None = None) -> Base:
+    """What `mode` goes on from: the dataset at `output`. `ahead`: what was read of it already.
 
     Raises:
         DataError: it was made with other settings, or `mode` does not fit its sources.
     """
-    newest = Store.open(output)
-    raw = _newest_raw(newest)
+    if ahead is not None and not ahead.is_current():
+        ahead = None
+    newest, raw = _newest_and_raw(output) if ahead is None else ahead.stores.result()
     manifest = raw.manifest
     present = {key: manifest["settings"].get(key) for key in settings.tree()} | {"tokenizer": raw.tokenizer}
     asked = settings.tree() | {"tokenizer": settings.tokenizer}
@@ -112,7 +167,7 @@ def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
         )
     names = [source["name"] for source in manifest["sources"]]
     if mode == "append":
-        base = Base(newest, raw, len(names))
+        base = Base(newest, raw, len(names), ahead)
         _refuse_names_of_others(base, plan)
         return base
     if len(names) > 1 and names.count(plan.name) != 1:
@@ -120,7 +175,7 @@ def find_base(output: Path, plan: Plan, settings: Settings, mode: Mode) -> Base:
             f"{str(output)!r} is made of several sources and none of them is {plan.name!r}: {', '.join(names)}; "
             "name one of those to update it, or --append to add another"
         )
-    base = Base(newest, raw, names.index(plan.name) if len(names) > 1 else 0)
+    base = Base(newest, raw, names.index(plan.name) if len(names) > 1 else 0, ahead)
     _refuse_names_of_others(base, plan)
     return base
 
@@ -152,12 +207,12 @@ def holds_dataset(output: Path) -> bool:
     return True
 
 
-def _newest_raw(newest: Store) -> Store:
-    """The newest version that holds every document of its sources."""
-    store = newest
+def _newest_and_raw(output: Path) -> tuple[Store, Store]:
+    """The newest version, and the newest that holds every document of its sources."""
+    newest = store = Store.open(output)
     while store.manifest["operation"]["kind"] not in RAW:
         if store.manifest["parent"] is None:
             kind = store.manifest["operation"]["kind"]
             raise DataError(f"{str(newest.path)!r} was made by {kind!r}, not prepared; prepare its sources instead")
         store = Store.open(newest.path, checksum=store.manifest["parent"])
-    return store
+    return newest, store

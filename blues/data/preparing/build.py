@@ -289,7 +289,7 @@ class Build:
         """Where the documents of a split lie, in their order, and the chunks that the places speak of."""
         new = tuple(c for _, result in sorted(self.results.items()) for c in result.chunks if c.split == split)
         fresh = versions.unpublished(self.partial, self.settings.tokenizer, split, new)
-        places, rank = self._ranked(fresh, split)
+        places, rank = self._ranked(versions.documents_of(fresh, split))
         if self.base is None:
             return places[np.argsort(rank, kind="stable")], new
         old, old_rank = self._documents_before[split]
@@ -302,11 +302,11 @@ class Build:
     def _documents_before(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Of each split the documents that there are already, and the ranks of their files."""
         assert self.base is not None
-        return {split: self._ranked(self.base.raw, split) for split in SPLITS}
+        return {split: self._ranked(self.base.documents(split)) for split in SPLITS}
 
-    def _ranked(self, store: Store, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where the documents of a split lie, and of each the rank of its file in `_order`, -1 without one."""
-        places, sources = versions.documents_of(store, split)
+    def _ranked(self, documents: tuple[np.ndarray, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
+        """Where `versions.documents_of` lie, and of each the rank of its file in `_order`, -1 without one."""
+        places, sources = documents
         return places, positions(sources, self._order)
 
     @property

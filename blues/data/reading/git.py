@@ -22,7 +22,7 @@ import tempfile
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -31,8 +31,20 @@ from urllib.parse import unquote, urlsplit
 from filelock import FileLock
 
 from blues.config import nearest
-from blues.data.reading.places import LINK, Choose, Entry, Listing, Place, hidden_below, in_order, shown, texts
+from blues.data.reading.places import (
+    LINK,
+    SUBMODULES,
+    Choose,
+    Entry,
+    Listing,
+    Place,
+    hidden_below,
+    in_order,
+    shown,
+    texts,
+)
 from blues.data.reading.remote import redact
+from blues.data.storage.arrays import Strings
 from blues.errors import DataError
 
 SCHEMES = ("https", "http", "ssh", "git", "file")
@@ -41,7 +53,10 @@ HELD_BYTES = 8 << 20
 """Contents up to this size are held in memory; a larger one lies in a temporary file while it is read."""
 LISTED_BYTES = 1 << 18
 """Of a listing, taken from git at a time."""
-SYMLINK = "120000"
+SYMLINK, SUBMODULE = "120000", "160000"
+"""Modes of what is no file."""
+CONTENT = "git:"
+"""What `content` begins with."""
 FETCHED = "refs/blues"
 """Where the cache keeps what was fetched whole, by commit."""
 FORGOTTEN = (
@@ -65,7 +80,7 @@ class GitFiles(Place):
     """The files of one commit, below `folder` of the repository.
 
     repository: a folder of it on this machine. commit: the full id. ref: what the person called it, if not by the id.
-    url: where it was fetched from, if it was.
+    url: where it was fetched from, if it was. tree: the id of what lies below the folder, empty if nothing does.
     """
 
     repository: Path
@@ -73,6 +88,7 @@ class GitFiles(Place):
     name: str
     ref: str = ""
     url: str = field(default="", repr=False)  # may hold a password
+    tree: str = ""
     _contents: Contents = field(default_factory=lambda: Contents(), compare=False, repr=False)
 
     def entries(self, choose: Choose, ignored: Counter[str]) -> Listing:
@@ -87,8 +103,8 @@ class GitFiles(Place):
                 hidden[folder] = hidden_below(path)
             if hidden[folder]:
                 continue
-            mode, kind, id, size = about.split()
-            reason = "submodule" if kind == "commit" else LINK if mode == SYMLINK else choose(name)
+            mode, _, id, size = about.split()
+            reason = _why_passed_over(mode, name, choose)
             if reason is not None:
                 ignored[reason] += 1
             elif not size.isdigit():
@@ -99,8 +115,10 @@ class GitFiles(Place):
                 sizes.append(int(size))
         return in_order(Listing(texts(paths), ids, sizes, ids))
 
-    def look(self, listing: Listing) -> tuple[Listing, list[str]]:
-        return listing, [f"git:{id}" for id in listing.paths]
+    def look(self, listing: Listing) -> tuple[Listing, Sequence[str]]:
+        if isinstance(listing.paths, Strings):  # from `git_changes`
+            return listing, Strings(listing.paths.array)
+        return listing, [f"{CONTENT}{id}" for id in listing.paths]
 
     def open(self, entry: Entry) -> BinaryIO:
         if self.url and not self.repository.exists():  # in a process on another machine than the one that planned
@@ -111,7 +129,7 @@ class GitFiles(Place):
         """A content that git names by its hash is always the same."""
 
     def content(self, entry: Entry) -> str:
-        return f"git:{entry.path}"
+        return f"{CONTENT}{entry.path}"
 
     def where(self, file: str) -> str:
         return repr(f"{self.name}@{self.commit[:12]}" + (f":{file}" if file else ""))
@@ -121,11 +139,22 @@ class GitFiles(Place):
 
     def provenance(self) -> dict[str, Any]:
         about = {"kind": "git", "commit": self.commit}
+        if self.tree:
+            about["tree"] = self.tree
         if self.ref:
             about["ref"] = self.ref
         if self.url:
             about["url"] = redact(self.url)
         return about
+
+
+def passed_over(mode: str, path: str, choose: Choose) -> str | None:
+    """Why a path is not read, `""` if it lies where nobody looks; None if it is read."""
+    return "" if hidden_below(path) else _why_passed_over(mode, path.rpartition("/")[2], choose)
+
+
+def _why_passed_over(mode: str, name: str, choose: Choose) -> str | None:
+    return SUBMODULES if mode == SUBMODULE else LINK if mode == SYMLINK else choose(name)
 
 
 class Contents:
@@ -259,11 +288,14 @@ def of_folder(folder: Path, ref: str | None) -> GitFiles:
     ref = "HEAD" if ref is None else ref
     commit = _commit(folder, ref)
     if commit is None:
-        shallow = _git(["rev-parse", "--is-shallow-repository"], folder).strip() == b"true"
+        shallow = run_git(["rev-parse", "--is-shallow-repository"], folder).strip() == b"true"
         deepen = "; it is a shallow clone: git fetch --unshallow gets all commits" if shallow else ""
-        names = _git(["for-each-ref", "--format=%(refname:short)"], folder).decode("utf-8", "replace").split("\n")
+        names = run_git(["for-each-ref", "--format=%(refname:short)"], folder).decode("utf-8", "replace").split("\n")
         raise DataError(f"{str(folder)!r} has no commit {ref!r}{deepen}.{nearest(ref, [n for n in names if n][:30])}")
-    return GitFiles(folder, commit, shown(name), "" if OBJECT_ID.fullmatch(ref) else ref)
+    below = run_git(["rev-parse", "--show-prefix"], folder).removesuffix(b"\n").removesuffix(b"/")
+    return GitFiles(
+        folder, commit, shown(name), "" if OBJECT_ID.fullmatch(ref) else ref, tree=_tree(folder, commit, below)
+    )
 
 
 def of_url(text: str, ref: str | None, report: Report) -> GitFiles:
@@ -282,7 +314,9 @@ def of_url(text: str, ref: str | None, report: Report) -> GitFiles:
     ref = "HEAD" if ref is None else ref
     commit = ref if OBJECT_ID.fullmatch(ref) else _remote_commit(url, ref)
     repository = fetch(url, commit, report)
-    return GitFiles(repository, commit, shown(name), "" if ref == commit else ref, url)
+    return GitFiles(
+        repository, commit, shown(name), "" if ref == commit else ref, url, tree=_tree(repository, commit, b"")
+    )
 
 
 def fetch(url: str, commit: str, report: Report) -> Path:
@@ -303,7 +337,7 @@ def fetch(url: str, commit: str, report: Report) -> Path:
             if _commit(repository, kept) != commit:
                 report(f"fetching {commit[:12]} of {redact(url)}")
                 asked = ["--depth=1", "--no-tags", "--no-write-fetch-head", "--quiet", "--", url, f"+{commit}:{kept}"]
-                _git(["fetch", *asked], repository, url=url)
+                run_git(["fetch", *asked], repository, url=url)
     except OSError as error:
         raise DataError(f"cannot write the cache {str(folder)!r}: {error.strerror}; set BLUES_CACHE") from None
     return repository
@@ -311,7 +345,7 @@ def fetch(url: str, commit: str, report: Report) -> Path:
 
 def _make_bare(repository: Path, object_format: str) -> None:
     with tempfile.TemporaryDirectory(dir=repository.parent) as folder:
-        _git(["init", "--quiet", "--bare", "--template=", f"--object-format={object_format}", "new"], Path(folder))
+        run_git(["init", "--quiet", "--bare", "--template=", f"--object-format={object_format}", "new"], Path(folder))
         os.rename(Path(folder, "new"), repository)
 
 
@@ -319,13 +353,15 @@ def _remote_commit(url: str, ref: str) -> str:
     """The commit that a branch, tag or HEAD is at."""
     if _is_name(ref):
         lines = (
-            _git(["ls-remote", "--", url, ref, f"{ref}^{{}}"], None, url=url).decode("utf-8", "replace").splitlines()
+            run_git(["ls-remote", "--", url, ref, f"{ref}^{{}}"], None, url=url).decode("utf-8", "replace").splitlines()
         )
         found = {name: id for id, _, name in (line.partition("\t") for line in lines)}
         for full in (ref, f"refs/{ref}", f"refs/tags/{ref}", f"refs/heads/{ref}"):
             if full in found:
                 return found.get(f"{full}^{{}}", found[full])  # a tag stands for the commit it points to
-    lines = _git(["ls-remote", "--heads", "--tags", "--", url], None, url=url).decode("utf-8", "replace").splitlines()
+    lines = (
+        run_git(["ls-remote", "--heads", "--tags", "--", url], None, url=url).decode("utf-8", "replace").splitlines()
+    )
     names = [line.partition("\t")[2].split("/", 2)[-1] for line in lines if not line.endswith("^{}")]
     part = " Give the whole id of a commit." if re.fullmatch("[0-9a-f]{4,39}", ref) else nearest(ref, names[:30])
     raise DataError(f"{redact(url)!r} has no branch or tag {ref!r}.{part}")
@@ -336,7 +372,27 @@ def _commit(folder: Path, ref: str) -> str | None:
     if not _is_name(ref):
         return None
     arguments = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}"]
-    return _git(arguments, folder, fails=1).decode().strip() or None
+    return run_git(arguments, folder, fails=1).decode().strip() or None
+
+
+def _tree(repository: Path, commit: str, below: bytes) -> str:
+    """The id of a folder as it is in a commit, empty where there is none."""
+    arguments = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}:{os.fsdecode(below)}"]
+    return run_git(arguments, repository, fails=1).decode().strip()
+
+
+def object_sizes(repository: Path, ids: Iterable[str]) -> list[int] | None:
+    """The bytes of contents; None if the repository lacks one of them.
+
+    Raises:
+        DataError: git failed.
+    """
+    asked = "".join(f"{id}\n" for id in ids).encode()
+    answers = run_git(["cat-file", "--batch-check=%(objecttype) %(objectsize)"], repository, given=asked).split(b"\n")
+    found = [answer.split() for answer in answers[:-1]]
+    if any(kind != b"blob" for kind, _ in found):
+        return None
+    return [int(size) for _, size in found]
 
 
 def _is_name(ref: str) -> bool:
@@ -371,15 +427,19 @@ def _list_tree(folder: Path, commit: str) -> Iterator[str]:
             raise DataError(_sentence(errors.read(), str(folder)))
 
 
-def _git(arguments: list[str], folder: Path | None, *, url: str = "", fails: int = 0) -> bytes:
+def run_git(
+    arguments: list[str], folder: Path | None, *, url: str = "", fails: int = 0, given: bytes | None = None
+) -> bytes:
     """What a git command printed. `url`: where it may reach out to. `fails`: an exit status that is an answer too.
+    `given`: what it reads.
 
     Raises:
         DataError: it failed.
     """
-    process = _start(arguments, folder, url=url, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    stdin = subprocess.DEVNULL if given is None else subprocess.PIPE
+    process = _start(arguments, folder, url=url, stdin=stdin, stderr=subprocess.PIPE)
     try:
-        output, errors = process.communicate()
+        output, errors = process.communicate(given)
     except BaseException:
         process.kill()
         raise

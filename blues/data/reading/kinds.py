@@ -6,7 +6,12 @@ from the suffix alone, so that whoever looks at a great many files needs to ask 
 
 from __future__ import annotations
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from blues.data.reading.streams import COMPRESSIONS
+from blues.data.storage.arrays import whole_numbers
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 TEXTS = {".txt": None, ".md": "markdown", ".rst": "restructuredtext", ".tex": "tex"}
@@ -30,6 +35,38 @@ def suffix_of(name: str) -> str:
         return ""
     suffix = f".{suffix}"
     return suffix_of(stem) + suffix if suffix.lower() in COMPRESSIONS else suffix
+
+
+def suffixes_of(names: pa.Array) -> tuple[list[str], np.ndarray]:
+    """`suffix_of` of all names, none of them hidden: the different ones, and the number of each name's: int32[names].
+
+    Python looks at one name for each different ending, and at those of compressed files."""
+    pieces = pc.split_pattern(names, ".", max_splits=1, reverse=True)
+    ends = np.from_dlpack(pieces.offsets)
+    endings = pieces.flatten().take(whole_numbers(ends[1:] - 1, pa.int32())).dictionary_encode()
+    ending_F = np.from_dlpack(endings.indices)
+    numbers: dict[str, int] = {}
+
+    def number(name: str) -> int:
+        return numbers.setdefault(suffix_of(name), len(numbers))
+
+    dotted_F = np.diff(ends) > 1
+    number_F = np.full(len(names), number("") if not dotted_F.all() else -1, np.int32)
+    example_E = np.full(len(endings.dictionary), -1)
+    dotted = np.flatnonzero(dotted_F)
+    example_E[ending_F[dotted]] = dotted
+    number_E = np.full(len(example_E), -1, np.int32)
+    for at, ending in enumerate(endings.dictionary.to_pylist()):
+        if example_E[at] < 0:
+            continue
+        if f".{ending.lower()}" not in COMPRESSIONS:
+            number_E[at] = number(names[int(example_E[at])].as_py())
+            continue
+        for file in dotted[ending_F[dotted] == at].tolist():
+            number_F[file] = number(names[file].as_py())
+    found = number_E[ending_F[dotted]]
+    number_F[dotted] = np.where(found < 0, number_F[dotted], found)
+    return list(numbers), number_F
 
 
 def guess_kind(suffix: str) -> str | None:

@@ -10,11 +10,12 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
 from blues.data.reading import git
+from blues.data.reading.git_changes import Known, entries_since
 from blues.data.reading.places import Choose, Listing, LocalFiles, Place
 from blues.data.reading.places import shown as as_text
 from blues.data.reading.remote import RemoteFiles, redact
@@ -23,6 +24,7 @@ from blues.errors import DataError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 Report = Callable[[str], None]
+AskKnown = Callable[[], Known | None]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,17 @@ class Located:
     single: bool = False
 
 
-def locate(path: str | Path, commit: str | None, choose: Choose, ignored: Counter[str], report: Report) -> Located:
+def locate(
+    path: str | Path,
+    commit: str | None,
+    choose: Choose,
+    ignored: Counter[str],
+    report: Report,
+    known: AskKnown = lambda: None,
+) -> Located:
     """Find out what a path or URL is and list the files there that `choose` lets through.
+
+    known: asked for what there is to know of a repository, so that only what changed since must be listed.
 
     Raises:
         DataError: nothing is there, it is a dataset of Blues, or it cannot be listed.
@@ -47,7 +58,7 @@ def locate(path: str | Path, commit: str | None, choose: Choose, ignored: Counte
     if not text:
         raise DataError("no file, folder or URL was named: the path is empty; check --dataset or --input-dir")
     if text.startswith("git+"):
-        return _repository(git.of_url(text, commit, report), text, choose, ignored)
+        return _repository(git.of_url(text, commit, report), text, choose, ignored, known)
     if URL.match(text) and not text.startswith("file://") and not os.path.exists(text):
         if commit is not None:
             raise DataError(f"{redact(text)!r} has no commits (--commit); for a git repository write git+https://...")
@@ -56,7 +67,7 @@ def locate(path: str | Path, commit: str | None, choose: Choose, ignored: Counte
     if commit is not None and os.path.isfile(local):
         return _file_of_repository(local, commit, ignored)
     if commit is not None or git.is_bare(local):
-        return _repository(git.of_folder(local, commit), str(local), choose, ignored)
+        return _repository(git.of_folder(local, commit), str(local), choose, ignored, known)
     return _local(local, choose, ignored)
 
 
@@ -94,12 +105,15 @@ def _remote(url: str, choose: Choose, ignored: Counter[str]) -> Located:
     return Located(place, place.name, repr(redact(url)), listing, single)
 
 
-def _repository(place: git.GitFiles, shown: str, choose: Choose, ignored: Counter[str]) -> Located:
-    return Located(place, place.name, f"{redact(shown)!r} at {place.commit[:12]}", place.entries(choose, ignored))
+def _repository(place: git.GitFiles, shown: str, choose: Choose, ignored: Counter[str], known: AskKnown) -> Located:
+    listing = entries_since(place, known(), choose, ignored)
+    if listing is None:
+        listing = place.entries(choose, ignored)
+    return Located(place, place.name, f"{redact(shown)!r} at {place.commit[:12]}", listing)
 
 
 def _file_of_repository(path: Path, commit: str, ignored: Counter[str]) -> Located:
-    place = git.of_folder(path.parent, commit)
+    place = replace(git.of_folder(path.parent, commit), tree="")  # of which one file is no listing
     shown = f"{str(path)!r} at {place.commit[:12]}"
     name = as_text(path.name)
     listing = place.entries(lambda _: None, ignored)

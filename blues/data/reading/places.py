@@ -32,6 +32,8 @@ READ_BYTES = 1 << 20
 SKIPPED_FOLDERS = frozenset(("__pycache__", "node_modules"))
 LINK = "link or special file"
 """Why a symbolic link, a FIFO, a socket or a device is passed over: following links could go round in circles."""
+HIDDEN, SUBMODULES, EMPTY_TABLE = "hidden file", "submodule", "empty table"
+"""Further reasons that do not go by a suffix."""
 
 Choose = Callable[[str], str | None]
 """Why a file of this name is passed over; None if it is read."""
@@ -129,7 +131,7 @@ class Place(ABC):
                 digest.update(block)
         return f"xxh3:{digest.hexdigest()}"
 
-    def look(self, listing: Listing) -> tuple[Listing, list[str]]:
+    def look(self, listing: Listing) -> tuple[Listing, Sequence[str]]:
         """Every file's `resolve` and `content`. A place that can do better than one by one does so.
 
         Raises:

@@ -29,12 +29,12 @@ from blues.config import nearest
 from blues.data.reading.columns import Wanted, delimiter_of, with_columns
 from blues.data.reading.csv_rows import csv_delimiter
 from blues.data.reading.cutting import cut
-from blues.data.reading.kinds import KINDS, TABLE_KINDS, guess_kind, language_of, suffix_of
-from blues.data.reading.locate import Located, locate
-from blues.data.reading.places import Choose, Entry, Listing, Place, in_threads
+from blues.data.reading.kinds import KINDS, TABLE_KINDS, guess_kind, language_of, suffix_of, suffixes_of
+from blues.data.reading.locate import AskKnown, Located, locate
+from blues.data.reading.places import EMPTY_TABLE, HIDDEN, Choose, Entry, Listing, Place, in_threads
 from blues.data.reading.readers import LFS_DETAIL, LFS_REASON, Part, Reading, Rejected, is_lfs_pointer
 from blues.data.reading.streams import MAX_DOCUMENT_BYTES, codec
-from blues.data.storage.arrays import flags, strings, whole, whole_numbers
+from blues.data.storage.arrays import Strings, flags, strings, whole, whole_numbers
 from blues.data.storage.chunks import numbers
 from blues.errors import DataError
 
@@ -137,6 +137,7 @@ def plan(
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     commit: str | None = None,
     report: Callable[[str], None] = lambda _: None,
+    known: AskKnown = lambda: None,
 ) -> Plan:
     """Plan the reading of a file, or of a folder and all below it.
 
@@ -154,6 +155,8 @@ def plan(
             process, which is several times that.
         commit: commit, branch or tag of a git repository; nothing of it is checked out.
         report: called with a sentence when something takes time.
+        known: gives what a dataset says of the same repository, so that only what changed since is looked at. It makes
+            no difference to the plan.
 
     Raises:
         DataError: nothing there, nothing readable, a kind or a column that does not exist (names the ones there are).
@@ -169,11 +172,10 @@ def plan(
         None if delimiter is None else delimiter_of(delimiter),
         max_document_bytes,
     )
-    ignored: Counter[str] = Counter()
-    located = locate(path, commit, _chooser(kind), ignored, report)
+    located, suffixes, suffix_F, ignored = _located(path, commit, kind, report, known)
     listing, contents = located.place.look(located.listing)
-    readings, number_F, rejected = _readings(located, listing, wanted)
-    ignored["empty table"] += int(np.count_nonzero(number_F == 0)) - len(rejected)
+    readings, number_F, rejected = _readings(located, listing, wanted, suffixes, suffix_F)
+    ignored[EMPTY_TABLE] += int(np.count_nonzero(number_F == 0)) - len(rejected)
     if rejected and (not readings or (text_column and all(r.text_column is None for r in readings.values()))):
         raise DataError(f"no table in {located.shown} can be read; {rejected[0].file}: {rejected[0].detail}")
     if not readings:
@@ -187,6 +189,19 @@ def plan(
         rejected=tuple(rejected),
         ignored=_most_common(ignored),
     )
+
+
+def _located(
+    path: str | Path, commit: str | None, kind: str | None, report: Callable[[str], None], known: AskKnown
+) -> tuple[Located, list[str], np.ndarray, Counter[str]]:
+    """Where the files lie, their `suffixes_of`, and the counts of those that were passed over."""
+    ignored: Counter[str] = Counter()
+    choose = _chooser(kind)
+    located = locate(path, commit, choose, ignored, report, known if kind is None else lambda: None)
+    suffixes, suffix_F = suffixes_of(strings(located.listing.names))
+    if isinstance(located.listing.names, Strings) and any(choose(f"x{suffix}") is not None for suffix in suffixes):
+        return _located(path, commit, kind, report, lambda: None)  # the dataset was made of all kinds of files
+    return located, suffixes, suffix_F, ignored
 
 
 def _table(listing: Listing, contents: Sequence[str], readings: pa.Array) -> pa.Table:
@@ -206,7 +221,7 @@ def _chooser(kind: str | None) -> Choose:
 
     def choose(name: str) -> str | None:
         if name.startswith("."):
-            return "hidden file"
+            return HIDDEN
         suffix = suffix_of(name)
         if suffix not in reasons:
             other = f".{suffix.lower().rpartition('.')[2]}" if suffix else "no suffix"
@@ -217,7 +232,7 @@ def _chooser(kind: str | None) -> Choose:
 
 
 def _readings(
-    located: Located, listing: Listing, wanted: Wanted
+    located: Located, listing: Listing, wanted: Wanted, suffixes: list[str], suffix_F: np.ndarray
 ) -> tuple[dict[str, Reading], np.ndarray, list[Rejected]]:
     """How files are read: the ways there are, by what describes them; the number of each file's, from 1, or 0 for a
     table that is empty or rejected: int32[files]; the tables that are rejected.
@@ -226,21 +241,14 @@ def _readings(
     """
     readings: dict[str, Reading] = {}
     order: dict[str, int] = {}
-    known: dict[str, int] = {}
 
     def number_of(reading: Reading) -> int:
         readings.setdefault(reading.described, reading)
         return order.setdefault(reading.described, len(readings))
 
-    found: list[int] = []
-    for name in listing.names:
-        suffix = suffix_of(name)
-        number = known.get(suffix)
-        if number is None:
-            reading = _reading(located, suffix, wanted)
-            number = known[suffix] = -1 if reading.kind in TABLE_KINDS else number_of(reading)
-        found.append(number)
-    number_F = np.array(found, np.int32)
+    of_suffix = [_reading(located, suffix, wanted) for suffix in suffixes]
+    number_S = [-1 if reading.kind in TABLE_KINDS else number_of(reading) for reading in of_suffix]
+    number_F = np.array(number_S, np.int32)[suffix_F]
     tables = np.flatnonzero(number_F < 0).tolist()
     looked = in_threads(located.place.threads, lambda at: _read_table(located, listing.entry(at), wanted), tables)
     for at, one in zip(tables, looked, strict=True):

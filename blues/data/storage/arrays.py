@@ -9,10 +9,30 @@ pandas, and import it to know. What is here does not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+
+class Strings(Sequence[str]):
+    """The strings of an array as a Python sequence, each without its first `skip` characters, made when asked for."""
+
+    def __init__(self, array: pa.Array, skip: int = 0) -> None:
+        self.array, self.skip = array, skip
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> Strings: ...
+    def __getitem__(self, number: int | slice) -> str | Strings:
+        if isinstance(number, slice):
+            return Strings(self.array[number], self.skip)
+        return self.array[number].as_py()[self.skip :]
 
 
 def strings(values: Sequence[str]) -> pa.Array:
@@ -22,6 +42,8 @@ def strings(values: Sequence[str]) -> pa.Array:
         UnicodeEncodeError: a string is no Unicode.
         pa.ArrowInvalid: they are more than 2 GiB.
     """
+    if isinstance(values, Strings) and not values.skip:
+        return values.array
     encoded = [value.encode() for value in values]
     ends = np.zeros(len(values) + 1, dtype=np.int64)
     np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), out=ends[1:])
