@@ -25,6 +25,9 @@ class Context(NamedTuple):
     """Share of the training that is done, 0 to 1; schedules go by it. Evaluation and generation: 1."""
     past: Past | None = None
     """Where these tokens lie in the cache; None without one."""
+    left_BT: Tensor | None = None
+    """bool: tokens that have left at an earlier layer (`depth=early_exit`), which the next blocks pass by; None: none
+    has."""
 
 
 class Past(NamedTuple):

@@ -45,6 +45,8 @@ class Losses(NamedTuple):
     """Mean over tokens and mixture layers of logsumexp(logits) squared; 0 without any."""
     attention_span: Tensor
     """Tokens that heads with a learned span attend to, in the mean; 0 without such heads."""
+    exit_loss: Tensor | None = None
+    """Weighted mean of the cross-entropies at the exits of `depth=early_exit`; None without any."""
 
 
 class UpdateLoad:

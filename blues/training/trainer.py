@@ -8,7 +8,8 @@ noise from (seed, step, micro step, worker). A run that was killed and resumed e
 
 Metrics: train/{loss, cross_entropy, load_balancing, router_z, gradient_norm, learning_rate, tokens}, throughput/
 {step_seconds, tokens_per_second, checkpoint_seconds}, experts/..., attention/...,
-validation/{loss, perplexity, loss/<source>}, and with learned attention spans train/attention_span (tokens).
+validation/{loss, perplexity, loss/<source>}, with learned attention spans train/attention_span (tokens), with
+early exits train/exit_loss, and where tokens may pass layers by validation/layers (share of them that was computed).
 Cross-entropies are means over the targets of a global batch, without padding; tokens are all inputs, padding included.
 """
 
@@ -205,7 +206,11 @@ class _Loop:
         )
         self.adaptation, self.load = RouterAdaptation(self.model), UpdateLoad()
         learned_spans = any(layer.span is not None for layer in self.model.attentions)
-        self.loss_names = (*LOSSES, "attention_span") if learned_spans else LOSSES
+        self.loss_names = (
+            *LOSSES,
+            *(("attention_span",) if learned_spans else ()),
+            *(() if model.depth is None else model.depth.losses),
+        )
         self.compute: Tensor | None = None
         """What the forwards of this update computed, in models that leave something out."""
         self.losses = torch.zeros(len(self.loss_names), dtype=torch.float64, device=ranks.device)
@@ -353,7 +358,7 @@ class _Loop:
             return
         with self._off_the_clock():
             self.engine.train(False)
-            metrics = self.validation.run(lambda batch: self._forward(batch).losses.cross_entropy)
+            metrics = self.validation.run(self._forward)
             self.engine.train(True)
             self._send("validation", metrics)
 

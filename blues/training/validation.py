@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from blues.data.mixture.batches import Batch, Mixture
 from blues.data.mixture.packing import IGNORED
+from blues.model.transformer import ModelOutput
 from blues.training.parallel import Ranks
 
 MAX_EXPONENT = 700.0
@@ -46,15 +46,22 @@ class Validation:
         spare = micro_batches[0]
         self.batches += [(spare[0], data.batch(spare[1]), 0.0)] * (rounds - len(mine))
 
-    def run(self, cross_entropy: Callable[[Batch], Tensor]) -> dict[str, float]:
-        """Metrics, given the mean cross-entropy (nats per target that is not padding) of a batch."""
+    def run(self, forward: Callable[[Batch], ModelOutput]) -> dict[str, float]:
+        """Metrics, given the model's output for a batch and its targets: the mean cross-entropy (nats per target that
+        is not padding), and the share of layers that was computed, where tokens may pass them by."""
+        layers = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         sums = torch.zeros(len(self.source_names), 2, dtype=torch.float64, device=self.ranks.device)
         with torch.no_grad():
             for source, batch, counted in self.batches:
                 count = counted * int((batch.targets != IGNORED).sum())
-                sums[source, 0] += cross_entropy(batch).double() * count
+                output = forward(batch)
+                assert output.losses is not None
+                sums[source, 0] += output.losses.cross_entropy.double() * count
                 sums[source, 1] += count
+                if output.compute_LC is not None:
+                    layers += counted * output.compute_LC[:, :2].sum(dim=0)
         dist.all_reduce(sums)
+        dist.all_reduce(layers)
         totals = sums.cpu()
         loss = float(totals[:, 0].sum() / totals[:, 1].sum())
         perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
@@ -62,4 +69,7 @@ class Validation:
         for name, (total, count) in zip(self.source_names, totals.tolist(), strict=True):
             if count:
                 metrics[f"validation/loss/{name}"] = total / count
+        came, computed = layers.tolist()
+        if computed != came:
+            metrics["validation/layers"] = computed / came
         return metrics

@@ -26,6 +26,7 @@ OPTIONS = {
     "capacity_by_weight": "model.moe.rules=[{variant: capacity_by_weight, factor: 0.8}]",
     "expert_dropout": "model.moe.rules=[{variant: expert_dropout, schedule: {variant: linear}}]",
     "pair_dropout": "model.moe.rules=[pair_dropout]",
+    "early_exit": "model.depth={variant: early_exit, confidence: probability, threshold: 0.003}",
     "mixture_of_depths": "model.depth={variant: mixture_of_depths, capacity: 0.5}",
 }
 COUNTED = {
@@ -54,7 +55,7 @@ def train(exp: Any, run_dir: Path, stop_after: int | None = None) -> Recorder:
     exp.training.build(
         model=exp.model.build(seed=exp.training.seed),
         train_data=exp.data.build(split="train"),
-        validation_data=None,
+        validation_data=exp.data.build(split="validation") if exp.training.validation_samples else None,
         run_dir=run_dir,
         tree=cfg.dump(exp),
         observer=recorder,
@@ -83,10 +84,19 @@ def test_it_trains_resumes_and_generates(name, data, tmp_path):
     if name in COUNTED:
         shares = [metrics.get(f"compute/{COUNTED[name]}", 0.0) for metrics in events]
         assert any(0 < share < 1 for share in shares) and all(m["compute/flops_per_token"] > 0 for m in events)
+    elif name == "early_exit":  # training leaves nothing out
+        assert all(m["compute/layers"] == 1 and m["train/exit_loss"] > 0 for m in events)
     else:
         assert not any(key.startswith("compute/") for metrics in events for key in metrics)
     text = sample_text(load_model(tmp_path / "cut"), "def main(", max_length=12, temperature=0.0)
     assert text == sample_text(load_model(tmp_path / "whole"), "def main(", max_length=12, temperature=0.0)
+
+
+@pytest.mark.parametrize("name", ["early_exit", "mixture_of_depths", "plain"])
+def test_validation_says_which_share_of_the_layers_it_computed(name, data, tmp_path):
+    exp = experiment_of(data, name).override({"training.validation_samples": 4, "training.steps": 1})
+    (found,) = (event.metrics for event in train(exp, tmp_path).events if event.kind == "validation")
+    assert 0 < found["validation/layers"] < 1 if name != "plain" else "validation/layers" not in found
 
 
 @pytest.mark.parametrize("name", ["shared_experts", "null_experts", "routing_rules", "depth", "conditional"])

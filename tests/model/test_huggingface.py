@@ -260,6 +260,7 @@ def test_routers_that_qwen3_moe_does_not_know_are_refused(variant):
         ("moe.shared_experts", "plain"),
         ("moe.null_experts", "zero_copy_constant"),
         ("moe.rules", ["skip_light"]),
+        ("depth", "early_exit"),
         ("depth", "mixture_of_depths"),
     ],
 )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -317,14 +318,29 @@ class Attention(nn.Module, cfg.Configurable):
             return "causal" if self.pattern.plain_causal else "window"
         return "block_mask" if self.config.reads_block_masks(device) else "mask"
 
-    def forward(self, x_BTD: Tensor, view: View, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """(B, T, D) -> (B, T, D). `layer` is this layer's number in the cache."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        view: View,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        keys_BTD: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). `layer` is this layer's number in the cache. `keys_BTD`: the tokens whose keys and
+        values are new, where they are others than those that ask."""
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        x_BTHC = rearrange(self.qkv(x_BTD), "b t (heads c) -> b t heads c", c=config.head_dim)
-        q_BTHC, k_BTGC, v_BTGC = x_BTHC.split(heads, dim=2)
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BTHC, k_BTGC = self.query_norm(q_BTHC), self.key_norm(k_BTGC)
+        if keys_BTD is None:
+            x_BTHC = rearrange(self.qkv(x_BTD), "b t (heads c) -> b t heads c", c=config.head_dim)
+            q_BTHC, k_BTGC, v_BTGC = x_BTHC.split(heads, dim=2)
+            if self.key_norm is not None:
+                k_BTGC = self.key_norm(k_BTGC)
+        else:
+            weight_QD = self.qkv.weight[: config.num_heads * config.head_dim]
+            q_BTHC = rearrange(F.linear(x_BTD, weight_QD), "b t (heads c) -> b t heads c", c=config.head_dim)
+            k_BTGC, v_BTGC = self.keys_and_values(keys_BTD)
+        if self.query_norm is not None:
+            q_BTHC = self.query_norm(q_BTHC)
         k_BSGC, v_BSGC = (k_BTGC, v_BTGC) if cache is None else cache.update(layer, k_BTGC, v_BTGC)
         if view.query_rotation is not None and view.key_rotation is not None:
             q_BTHC, k_BSGC = rotate(q_BTHC, view.query_rotation), rotate(k_BSGC, view.key_rotation)
@@ -332,6 +348,13 @@ class Attention(nn.Module, cfg.Configurable):
             view = view._replace(mask_BTS=self._bias(self.span, view))
         out_BTHC = self.attend(q_BTHC, k_BSGC, v_BSGC, view)
         return self.output(rearrange(out_BTHC, "b t h c -> b t (h c)"))
+
+    def keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """`k_BTGC, v_BTGC` as they go into a cache, of tokens that do not ask."""
+        weight_KD = self.qkv.weight[self.config.num_heads * self.config.head_dim :]
+        x_BTGC = rearrange(F.linear(x_BTD, weight_KD), "b t (groups c) -> b t groups c", c=self.config.head_dim)
+        k_BTGC, v_BTGC = x_BTGC.chunk(2, dim=2)
+        return (k_BTGC if self.key_norm is None else self.key_norm(k_BTGC)), v_BTGC
 
     def _bias(self, span: LearnedSpan, view: View) -> Tensor:
         """`bias_BHTS` of the learned spans, among the keys that the view shows."""

@@ -1,16 +1,14 @@
-"""Blocks that not every token goes through: depth as a choice.
+"""Mixture-of-depths: in every block the best tokens alone.
 
-In: the residual stream, as for any block. Out: the residual stream, in which some tokens passed the block by, the
-routing of a mixture, and what was computed.
+In: the residual stream. Out: the same, in which the tokens that were not chosen passed the block by.
 
-Legend: B batch, T time, C tokens of a row that the block computes, S keys, D width, K slots, E experts.
+Legend: B batch, T time, C tokens of a row that the block computes, S keys, D width.
 """
 
 from __future__ import annotations
 
-import abc
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,49 +21,11 @@ from blues.model.attention.masks import positions_within_documents
 from blues.model.attention.patterns import AttentionPattern, pairs_of
 from blues.model.block import Block, BlockParts
 from blues.model.context import Context
+from blues.model.depth.base import Chosen, Depth, Passing, nobody, refuse_pools, require_masks
 from blues.model.layers import Linear
 from blues.model.moe.layer import MoE
-from blues.model.moe.routers import DocumentPools
 from blues.model.moe.routing import Routing, project
 from blues.model.rope import Rotation
-
-READ_MASKS = ("auto", "naive", "sdpa", "sdpa_math")
-"""Attention backends that take the mask of a selection of tokens."""
-
-
-class Passing(NamedTuple):
-    """What a block with a choice has to say beside its output."""
-
-    block_tokens: int
-    """Tokens that it computed, over all rows (places that only fill up a row included)."""
-    penalty: Tensor | None
-    """A scalar for the loss, already weighted; None in evaluation."""
-
-
-class Depth(cfg.Configurable, family="depth"):
-    """A family: which tokens go through which blocks."""
-
-    @cfg.configclass
-    class Config(cfg.Config):
-        pass
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @abc.abstractmethod
-    def check(self, attention: Attention.Config, moe: MoE.Config | None, num_layers: int) -> None:
-        """
-        Raises:
-            ConfigError: the model has something that cannot leave tokens out.
-        """
-
-    @abc.abstractmethod
-    def share(self, layer: int) -> float:
-        """Of the tokens that go through this layer (from 0) in training."""
-
-    @abc.abstractmethod
-    def block(self, **parts: Any) -> BlockParts:
-        """The block of layer `parts["layer"]`; `parts` as of `Block`."""
 
 
 class MixtureOfDepths(Depth, variant="mixture_of_depths"):
@@ -109,16 +69,14 @@ class MixtureOfDepths(Depth, variant="mixture_of_depths"):
     def block(self, **parts: Any) -> BlockParts:
         return DepthBlock(self.config, **parts) if self.chooses(parts["layer"]) else Block(**parts)
 
-    def check(self, attention: Attention.Config, moe: MoE.Config | None, num_layers: int) -> None:
+    def check(self, attention: Attention.Config, moe: MoE.Config | None) -> None:
         what = "depth: mixture_of_depths"
-        chosen = [layer for layer in range(num_layers) if self.chooses(layer)]
+        chosen = [layer for layer in range(self.num_layers) if self.chooses(layer)]
         if not chosen:
-            raise ConfigError(f"{what} has layers={self.config.layers}, of which the {num_layers} layers reach no D")
-        if attention.backend not in READ_MASKS:
             raise ConfigError(
-                f"{what} needs attention that reads masks, attention.backend={attention.backend} does not; set it to "
-                "auto"
+                f"{what} has layers={self.config.layers}, of which the {self.num_layers} layers reach no D"
             )
+        require_masks(what, attention)
         for layer in chosen:
             pattern: AttentionPattern = attention.for_layer(layer).pattern.build()
             if pattern.is_soft or pattern.needs_tree:
@@ -126,11 +84,7 @@ class MixtureOfDepths(Depth, variant="mixture_of_depths"):
                     f"{what} leaves keys out, and attention.pattern={attention.pattern._variant} of layer {layer} "
                     "needs all of them; choose another pattern or other depth.layers"
                 )
-            if moe is not None and (layer + 1) % moe.every == 0 and isinstance(moe.router, DocumentPools.Config):
-                raise ConfigError(
-                    f"{what} leaves tokens of layer {layer} out, and moe.router=document_pools sums over all of a "
-                    "document; choose another router or depth.layers without mixtures"
-                )
+        refuse_pools(what, moe, chosen, "depth.layers")
 
 
 class DepthBlock(BlockParts):
@@ -170,8 +124,8 @@ class DepthBlock(BlockParts):
             valid_BC = keep_BT.gather(1, index_BC)
         seen_BS = None if cache is None else self._seen(keep_BT, context)
         if C == 0:
-            return x_BTD, self._nobody(x_BTD), Passing(0, penalty)
-        chosen = _Chosen(index_BC, valid_BC, T)
+            return x_BTD, nobody(self.feed_forward, x_BTD), Passing(0, penalty)
+        chosen = Chosen(index_BC, valid_BC, T)
         sub_view = narrowed(view, chosen, seen_BS, self.attention.pattern, context, self.attention.config.num_heads)
         x_BCD = chosen.gather(x_BTD)
         held = None if cache is None else _SpreadCache(cache, chosen)
@@ -194,70 +148,11 @@ class DepthBlock(BlockParts):
         slots_BT = past.slots_BT.expand(keep_BT.shape)
         return past.history.keep(self, keep_BT[..., None], slots_BT)[..., 0]
 
-    def _nobody(self, x_BTD: Tensor) -> Routing | None:
-        """The routing where no token goes through."""
-        if not isinstance(self.feed_forward, MoE):
-            return None
-        router, T = self.feed_forward.router, x_BTD.shape[0] * x_BTD.shape[1]
-        ids_TK = torch.full((T, router.top_k), router.num_experts, device=x_BTD.device)
-        zeros_TE = torch.zeros(T, router.num_experts, device=x_BTD.device)
-        return Routing(torch.zeros_like(ids_TK, dtype=zeros_TE.dtype), ids_TK, zeros_TE, zeros_TE)
-
-
-class _Chosen(NamedTuple):
-    """The tokens of a forward that a block computes."""
-
-    index_BC: Tensor
-    valid_BC: Tensor | None
-    """False at the end of rows that have fewer; None: all are."""
-    length: int
-
-    def gather(self, x_BTD: Tensor) -> Tensor:
-        """`x_BCD` of the chosen tokens; a batch of 1 stands for any."""
-        index_BC = self.index_BC
-        return x_BTD.expand(len(index_BC), -1, -1).gather(1, index_BC[..., None].expand(-1, -1, x_BTD.shape[-1]))
-
-    def numbers(self, x_BT: Tensor) -> Tensor:
-        """`x_BC`."""
-        return self.gather(x_BT[..., None])[..., 0]
-
-    def context(self, context: Context) -> Context:
-        """The context of the chosen tokens alone."""
-        documents_BT, languages_BT = context.documents_BT, context.languages_BT
-        return context._replace(
-            tokens_BT=self.numbers(context.tokens_BT),
-            documents_BT=None if documents_BT is None else self.numbers(documents_BT),
-            languages_BT=None if languages_BT is None else self.numbers(languages_BT),
-            past=None,
-        )
-
-    def fill(self, x_BCD: Tensor, value: float) -> Tensor:
-        """`x_BTD` with `value` for the tokens that are not chosen."""
-        B, _, D = x_BCD.shape
-        if self.valid_BC is not None:
-            x_BCD = x_BCD.masked_fill(~self.valid_BC[..., None], value)
-        return x_BCD.new_full((B, self.length, D), value).scatter(1, self.index_BC[..., None].expand(-1, -1, D), x_BCD)
-
-    def spread(self, routing: Routing, num_experts: int) -> Routing:
-        """The routing of all tokens: those that are not chosen go to no expert, have no probabilities, and logits of
-        which the z-loss is 0. Losses are so means over all tokens of the row."""
-
-        def over_all(x_TE: Tensor, value: float) -> Tensor:
-            return self.fill(x_TE.unflatten(0, (len(self.index_BC), -1)), value).flatten(0, 1)
-
-        return routing._replace(
-            weights_TK=over_all(routing.weights_TK, 0),
-            ids_TK=over_all(routing.ids_TK, num_experts),
-            probs_TE=over_all(routing.probs_TE, 0),
-            logits_TE=over_all(routing.logits_TE, -math.log(num_experts)),
-            decided=None if routing.decided is None else self.spread(routing.decided, num_experts),
-        )
-
 
 class _SpreadCache:
     """A KV cache to which the chosen tokens give their keys and values, at their own slots."""
 
-    def __init__(self, cache: KVCache, chosen: _Chosen) -> None:
+    def __init__(self, cache: KVCache, chosen: Chosen) -> None:
         self.cache, self.chosen = cache, chosen
 
     @property
@@ -271,7 +166,7 @@ class _SpreadCache:
 
 
 def narrowed(
-    view: View, chosen: _Chosen, seen_BS: Tensor | None, pattern: AttentionPattern, context: Context, num_heads: int
+    view: View, chosen: Chosen, seen_BS: Tensor | None, pattern: AttentionPattern, context: Context, num_heads: int
 ) -> View:
     """The view of the chosen tokens as queries.
 
