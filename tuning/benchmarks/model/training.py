@@ -46,7 +46,8 @@ def train(meter: type[Meter], tree: Mapping[str, Any], run_dir: str) -> dict[str
     """Train and validate the experiment that `tree` is the dump of.
 
     `step ms` and `cpu ms` are medians over the steps after the warm-up: of the time that went by, and of the processor
-    time that the process took, which other work on the machine changes little. `peak MB` is how far memory rose from
+    time that the process took, in which threads that wait for one another count too, so that a busy machine changes
+    both. `peak MB` is how far memory rose from
     before the model was built to the end of the last step: of the device where there is one, else resident memory of
     the process, in which the code that the engine loads is the same for every variant.
     """
