@@ -45,8 +45,8 @@ class Losses(NamedTuple):
     """Mean over tokens and mixture layers of logsumexp(logits) squared; 0 without any."""
     attention_span: Tensor
     """Tokens that heads with a learned span attend to, in the mean; 0 without such heads."""
-    exit_loss: Tensor | None = None
-    """Weighted mean of the cross-entropies at the exits of `depth=early_exit`; None without any."""
+    exit_loss: Tensor
+    """Weighted mean of the cross-entropies at the exits of `depth=early_exit`; 0 without exits, and in evaluation."""
 
 
 class UpdateLoad:
@@ -131,7 +131,7 @@ def combine_losses(
     """
     if not routings:
         zero = torch.zeros_like(cross_entropy)
-        return Losses(cross_entropy, cross_entropy.detach(), zero, zero, zero)
+        return Losses(cross_entropy, cross_entropy.detach(), zero, zero, zero, zero)
     weights = balance or [None] * len(routings)
     if scope == "sequence":
         balances = [sequence_balancing_loss(r, rows, w) for r, w in zip(routings, weights, strict=True)]
@@ -146,7 +146,8 @@ def combine_losses(
     penalties = [routing.penalty for routing in routings if routing.penalty is not None]
     if penalties:
         total = total + torch.stack(penalties).sum() / len(routings)
-    return Losses(total, cross_entropy.detach(), mean_balance.detach(), z.detach(), torch.zeros_like(z))
+    zero = torch.zeros_like(z)
+    return Losses(total, cross_entropy.detach(), mean_balance.detach(), z.detach(), zero, zero)
 
 
 def add_span_penalty(losses: Losses, spans: Sequence[LearnedSpan]) -> Losses:

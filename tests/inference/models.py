@@ -51,7 +51,7 @@ class TableModel(nn.Module):
             return ModelOutput(logits_BTV[:, start:], None, ())
         loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
         zero = torch.zeros(())
-        return ModelOutput(None, Losses(loss, loss, zero, zero, zero), ())
+        return ModelOutput(None, Losses(loss, loss, zero, zero, zero, zero), ())
 
 
 def uniform_model(size: int = TINY.vocab_size) -> TableModel:

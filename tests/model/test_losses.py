@@ -77,7 +77,7 @@ def test_total_is_the_weighted_sum_over_mean_layers():
 
 def test_without_mixtures_the_total_is_the_cross_entropy():
     losses = combine_losses(torch.tensor(3.0), [], load_balancing_weight=0.5, router_z_weight=0.25)
-    assert [loss.item() for loss in losses] == [3.0, 3.0, 0.0, 0.0, 0.0]
+    assert [loss.item() for loss in losses] == [3.0, 3.0, 0.0, 0.0, 0.0, 0.0]
 
 
 def rows_of(routing, rows):
