@@ -46,6 +46,12 @@ class Experiment(cfg.Config):
                 f"model.max_seq_len={self.model.max_seq_len}; shorten the one or raise the other"
             )
         check_lengths(self.training.context, self.data.sequence_length)
+        if self.model.sequence_chunk is not None and self.training.parallel.zero_stage == 3:
+            raise ConfigError(
+                f"model.sequence_chunk={self.model.sequence_chunk} uses every weight several times in a forward, and "
+                "ZeRO-3 takes in one gradient for each; set training.parallel.zero_stage to 2, or model.sequence_chunk "
+                "to null"
+            )
         vocab_size = self.data.tokenizer.vocab_size or WHOLE_VOCABULARY
         if vocab_size > self.model.vocab_size:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """What long sequences cost: peak memory and time of a training step, the sequence read whole, in chunks, recomputed.
 
-In: a device, a model, lengths. Out: a `Row` for each way and length. Run as `python -m tuning.benchmarks.long_sequences`.
+In: a device, a model, lengths. Out: a `Row` for each way and length. Run as
+`python -m tuning.benchmarks.long_sequences`.
 
 On a CPU the peak is that of tensors (`blues.training.memory`), counted in a run of its own, so that counting takes no
 time from the figure beside it.
@@ -43,7 +44,7 @@ SMALL = Transformer.Config(
 
 
 class Row(NamedTuple):
-    """One way at one length. peak_bytes: beyond weights and gradients. seconds: of a step, the median of the repeats."""
+    """One way at one length. peak_bytes: beyond weights and gradients. seconds: of a step, median of the repeats."""
 
     way: str
     tokens: int
