@@ -87,10 +87,8 @@ def check(config: Transformer.Config) -> None:
         )
     refuse_whole("sequence_chunk", config.moe)
     if config.depth is not None:
-        raise ConfigError(
-            f"sequence_chunk cannot go with depth={config.depth._variant}, which compares all tokens of a sequence; "
-            "set one of them"
-        )
+        does = config.depth.build(num_layers=config.num_layers).needs_whole
+        raise ConfigError(f"sequence_chunk cannot go with depth={config.depth._variant}, which {does}; set one of them")
     pattern: AttentionPattern = config.attention.pattern.build()
     if pattern.needs_tree:
         raise ConfigError(

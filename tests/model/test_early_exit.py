@@ -188,7 +188,7 @@ def test_exits_follow_from_the_depth_where_they_are_not_named():
         ("every=4", {}, {"every": 4}),
         ("at least 2 layers", {"num_layers": 1}, {}),
         ("attention.backend=flash2", {"attention": Attention.Config(backend="flash2")}, {}),
-        ("sequence_chunk cannot go with depth=early_exit", {"sequence_chunk": 8}, {}),
+        ("sequence_chunk cannot go with depth=early_exit, which takes losses", {"sequence_chunk": 8}, {}),
     ],
 )
 def test_wrong_combinations_are_refused_with_the_reason(words, changes, depth):

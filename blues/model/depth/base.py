@@ -50,6 +50,8 @@ class Depth(cfg.Configurable, family="depth"):
 
     losses: ClassVar[tuple[str, ...]] = ()
     """Fields of `Losses` that it adds in training, to be reported."""
+    needs_whole: ClassVar[str]
+    """Why a sequence cannot be read in chunks, after "which"."""
     num_exits: int = 0
     """Times that training computes the head beside the last layer's."""
 

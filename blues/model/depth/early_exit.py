@@ -81,6 +81,7 @@ class EarlyExit(Depth, variant="early_exit"):
 
     config: Config
     losses = ("exit_loss",)
+    needs_whole = "takes losses from the streams of all tokens between layers"
 
     def __init__(self, config: Config, *, num_layers: int) -> None:
         super().__init__(config, num_layers=num_layers)

@@ -58,6 +58,7 @@ class MixtureOfDepths(Depth, variant="mixture_of_depths"):
                 raise ConfigError(f"predictor_weight: must be positive, got {self.predictor_weight}")
 
     config: Config
+    needs_whole = "compares all tokens of a sequence"
 
     def share(self, layer: int) -> float:
         return self.config.capacity if self.chooses(layer) else 1.0
