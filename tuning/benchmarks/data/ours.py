@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,12 +55,11 @@ def command(meter: type[Meter], words: list[str], dataset: str, version: int = 1
 def follow(
     meter: type[Meter], repository: str, commit: str, output: str, mode: Literal["prepare", "update"], makes: bool
 ) -> dict:
-    """What `blues prepare` does to a repository, in a process that has imported what is needed: planning, and Ray's
-    start where it is needed. makes: whether it should come to a new version."""
+    """What `blues prepare` does to a repository, in a process that has imported what is needed: planning beside what
+    else must be read, and Ray's start where it is needed. makes: whether it should come to a new version."""
     import_module("ray.data")
     with meter() as spent:
-        planned = plan(repository, commit=commit)
-        done = prepare_plan(planned, output, Tokenizer.Config(), mode=mode)
+        done = prepare_plan(partial(plan, repository, commit=commit), output, Tokenizer.Config(), mode=mode)
     if done.made != makes:
         raise ValueError(f"{'nothing was' if makes else 'something was'} made at {output}")
     documents = sum(done.store.num_documents(split) for split in SPLITS)
