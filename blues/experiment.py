@@ -17,6 +17,7 @@ from blues.evaluation.suite import Evaluation
 from blues.inference.sampling import Sampling
 from blues.model.transformer import Transformer
 from blues.tracking.tracker import Tracking
+from blues.training import sequence_parallel
 from blues.training.curriculum import check_lengths
 from blues.training.trainer import Trainer
 
@@ -52,6 +53,12 @@ class Experiment(cfg.Config):
                 "ZeRO-3 takes in one gradient for each; set training.parallel.zero_stage to 2, or model.sequence_chunk "
                 "to null"
             )
+        sequence_parallel.check(
+            self.training.parallel.sequence_parallel_size,
+            self.model,
+            sequence_length=self.data.sequence_length,
+            stages=self.training.context,
+        )
         vocab_size = self.data.tokenizer.vocab_size or WHOLE_VOCABULARY
         if vocab_size > self.model.vocab_size:
             raise ConfigError(

@@ -166,7 +166,7 @@ def extended_experiment(
     model = extended_model(old.model, original=original, length=length, method=extension.method)
     training, phases = old.training, old.data.phases
     micro = max(1, training.micro_batch_size * original // length)
-    at_once = micro * training.parallel.num_workers
+    at_once = micro * training.parallel.data_parallel_size
     new = old.replace(
         name=f"{old.name}-{length}-{extension.method}",
         model=model,

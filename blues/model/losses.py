@@ -20,7 +20,7 @@ Legend: B rows of the batch, T tokens, K experts per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,13 +92,21 @@ def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None, weight
     return num_experts * (share_E * routing.probs_TE.mean(dim=0)).sum()
 
 
-def sequence_balancing_loss(routing: Routing, rows: int, weights_E: Tensor | None = None) -> Tensor:
-    """The mean over the `rows` rows of the batch of `load_balancing_loss` of each."""
-    num_experts = routing.probs_TE.shape[1]
+def count_per_row(routing: Routing, rows: int) -> Tensor:
+    """`counts_BE`: assignments of each expert in each of the `rows` rows of the batch."""
     ids_BTK = routing.as_decided.ids_TK.unflatten(0, (rows, -1))
+    experts_E = torch.arange(routing.probs_TE.shape[1], device=ids_BTK.device)
+    return (ids_BTK.flatten(1)[..., None] == experts_E).sum(dim=1)
+
+
+def sequence_balancing_loss(
+    routing: Routing, rows: int, weights_E: Tensor | None = None, counts_BE: Tensor | None = None
+) -> Tensor:
+    """The mean over the `rows` rows of the batch of `load_balancing_loss` of each, which may be given its counts."""
+    num_experts = routing.probs_TE.shape[1]
     probs_BTE = routing.probs_TE.unflatten(0, (rows, -1))
-    experts_E = torch.arange(num_experts, device=ids_BTK.device)
-    counts_BE = (ids_BTK.flatten(1)[..., None] == experts_E).sum(dim=1)
+    if counts_BE is None:
+        counts_BE = count_per_row(routing, rows)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
     scale: int | Tensor = num_experts
     if weights_E is not None:
@@ -121,6 +129,7 @@ def combine_losses(
     rows: int = 1,
     load: UpdateLoad | None = None,
     balance: Sequence[Tensor | None] | None = None,
+    sum_counts: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
 ) -> Losses:
     """The total that training minimizes and its parts; routers' own penalties are in the total alone.
 
@@ -128,17 +137,24 @@ def combine_losses(
         rows: of the batch, for the scope `sequence`.
         load: of the update so far, for the scope `global_batch`; None: this batch is the whole update.
         balance: `weights_E` of each layer, see `load_balancing_loss`; None: all experts alike.
+        sum_counts: adds the layers' counts up over the workers that hold slices of these rows; the mean of their losses
+            is then that of whole rows, in every scope. None: the rows are whole.
     """
     if not routings:
         zero = torch.zeros_like(cross_entropy)
         return Losses(cross_entropy, cross_entropy.detach(), zero, zero, zero, zero)
     weights = balance or [None] * len(routings)
+    counts: Sequence[Tensor | None] = [None] * len(routings)
     if scope == "sequence":
-        balances = [sequence_balancing_loss(r, rows, w) for r, w in zip(routings, weights, strict=True)]
+        if sum_counts is not None:
+            counts = sum_counts([count_per_row(routing, rows) for routing in routings])
+        layers = zip(routings, weights, counts, strict=True)
+        balances = [sequence_balancing_loss(routing, rows, w, counts_BE) for routing, w, counts_BE in layers]
     else:
-        counts: Sequence[Tensor | None] = [None] * len(routings)
         if scope == "global_batch" and load is not None:
-            counts = load.add([count_per_expert(r.as_decided.ids_TK, r.probs_TE.shape[1]) for r in routings])
+            sum_counts = load.add
+        if sum_counts is not None:
+            counts = sum_counts([count_per_expert(r.as_decided.ids_TK, r.probs_TE.shape[1]) for r in routings])
         balances = [load_balancing_loss(*layer) for layer in zip(routings, counts, weights, strict=True)]
     mean_balance = torch.stack(balances).mean()
     z = torch.stack([router_z_loss(routing) for routing in routings]).mean()

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from blues import config as cfg
 from blues.errors import ConfigError
@@ -31,7 +31,7 @@ from blues.kernels.linear_cross_entropy import IGNORED, LINEAR_CROSS_ENTROPY
 from blues.kernels.precision import at_least_float32
 from blues.model import chunking, compute
 from blues.model.attention import backends
-from blues.model.attention.layer import Attention, KVCache, make_views
+from blues.model.attention.layer import Attention, KVCache, SequenceSplit, make_views
 from blues.model.attention.masks import BlockMasks
 from blues.model.attention.patterns import AttentionPattern, TokenTree
 from blues.model.block import Block, BlockParts
@@ -42,6 +42,7 @@ from blues.model.losses import Losses, UpdateLoad, add_span_penalty, combine_los
 from blues.model.moe.layer import MoE, mixtures
 from blues.model.moe.routing import Routing
 from blues.model.offload import Offload
+from blues.model.recompute import keep_decisions
 from blues.model.rope import RotaryEmbedding
 
 
@@ -166,6 +167,8 @@ class Transformer(nn.Module, cfg.Configurable):
         )
         self.pattern: AttentionPattern = config.attention.pattern.build()
         self.block_masks = BlockMasks()
+        self.split: SequenceSplit | None = None
+        """How a group of workers shares the sequences, of which this model then reads slices; None: it does not."""
 
     def forward(
         self,
@@ -267,6 +270,7 @@ class Transformer(nn.Module, cfg.Configurable):
             rows=rows,
             load=load,
             balance=[layer.balance(cross_entropy.device) for _, layer in mixtures(self)],
+            sum_counts=None if self.split is None else self.split.sum_counts,
         )
         return add_span_penalty(losses, [layer.span for layer in self.attentions if layer.span is not None])
 
@@ -312,10 +316,10 @@ class Transformer(nn.Module, cfg.Configurable):
             if positions is not None:
                 raise ValueError("positions: tokens read in chunks (sequence_chunk) are at 0, 1, 2, ...")
             whole = chunking.Whole(tokens_BT, documents, languages, progress)
-            x_BTD, routing = chunking.read_in_chunks(self, whole, chunk, _keep_decisions)
+            x_BTD, routing = chunking.read_in_chunks(self, whole, chunk, keep_decisions)
             return Reading(x_BTD, routing, (None,) * len(self.blocks))
         attention = self.config.attention
-        views = make_views(
+        views = (make_views if self.split is None else self.split.make_views)(
             [(self.rope if layer.rotates else None, layer.pattern) for layer in self.attentions],
             length=tokens_BT.shape[1],
             device=tokens_BT.device,
@@ -338,7 +342,7 @@ class Transformer(nn.Module, cfg.Configurable):
                 if recompute:
                     # The random state is restored for the second run, so the routers draw the same noise again.
                     x_BTD, routing, *rest = checkpoint(
-                        block, x_BTD, view, context, cache, use_reentrant=False, context_fn=_keep_decisions
+                        block, x_BTD, view, context, cache, use_reentrant=False, context_fn=keep_decisions
                     )
                 else:
                     x_BTD, routing, *rest = block(x_BTD, view, context, cache)
@@ -454,26 +458,6 @@ def _past(tokens_BT: Tensor, cache: KVCache | None, positions_BT: Tensor | None)
         start, (B, T) = cache.length, tokens_BT.shape
         positions_BT = torch.arange(start, start + T, device=tokens_BT.device).expand(B, T)
     return Past(positions_BT, cache.history if isinstance(cache, KeepsHistory) else None)
-
-
-DECISIONS = (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
-THRESHOLDS = (torch.ops.aten.gt.Tensor, torch.ops.aten.gt.Scalar, torch.ops.aten.ge.Scalar)
-"""How routers decide: by rank, or by comparing a matrix of tokens and experts with thresholds."""
-
-
-def _keep_decisions() -> tuple[Any, Any]:
-    """Contexts of a checkpointed block in which all is computed again but the choice and order of experts.
-
-    torch.compile may fuse, and so round, the second computation differently. One token that then chose another expert
-    would shift the sorted places of every token behind it, against what the first computation has left for the
-    gradient: gradients came out wrong by half their length.
-    """
-
-    def policy(_: Any, operation: Any, *inputs: Any, **__: Any) -> CheckpointPolicy:
-        kept = operation in DECISIONS or (operation in THRESHOLDS and inputs[0].ndim == 2)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 def is_mixture(config: Transformer.Config, layer: int) -> bool:

@@ -34,6 +34,22 @@ class Ranks:
     world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    sequence_group: dist.ProcessGroup | None = None
+    """Neighbouring workers that share each sequence; None: every worker has its own."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which samples of a batch are this worker's, among `data_world_size` parts."""
+        return self.rank // self._sharing
+
+    @property
+    def data_world_size(self) -> int:
+        """Parts of a batch: workers, or groups of workers that share each sequence."""
+        return self.world_size // self._sharing
+
+    @property
+    def _sharing(self) -> int:
+        return 1 if self.sequence_group is None else self.sequence_group.size()
 
     def any(self, flag: bool) -> bool:
         """True on every worker if `flag` is true on any. All workers call it equally often."""
@@ -62,12 +78,15 @@ class Parallel(cfg.Configurable):
         num_workers: processes, one per GPU or a few per CPU machine. zero_stage: what ZeRO (arXiv 1910.02054) splits
         over the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights. device: `auto` takes GPUs if
         there are any. cpus_per_worker: CPUs reserved for a worker, and its threads when it computes on them.
+        sequence_parallel_size: neighbouring workers that share each sequence, a slice of its tokens each (see
+        `blues.training.sequence_parallel`); 1 for whole sequences.
         """
 
         num_workers: int = 1
         zero_stage: int = 1
         device: Literal["auto", "cpu", "cuda"] = "auto"
         cpus_per_worker: int = 1
+        sequence_parallel_size: int = 1
 
         def __post_init__(self) -> None:
             if self.num_workers < 1:
@@ -76,6 +95,16 @@ class Parallel(cfg.Configurable):
                 raise ConfigError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
             if self.cpus_per_worker < 1:
                 raise ConfigError(f"cpus_per_worker must be >= 1, got {self.cpus_per_worker}")
+            if self.sequence_parallel_size < 1 or self.num_workers % self.sequence_parallel_size:
+                raise ConfigError(
+                    f"sequence_parallel_size must be >= 1 and divide num_workers={self.num_workers} into equal "
+                    f"groups, got {self.sequence_parallel_size}"
+                )
+
+        @property
+        def data_parallel_size(self) -> int:
+            """Workers, or groups of workers that share sequences, which read different samples."""
+            return self.num_workers // self.sequence_parallel_size
 
     config: Config
 
@@ -122,10 +151,22 @@ class Parallel(cfg.Configurable):
                 raise ConfigError(
                     f"training.parallel.num_workers is {self.config.num_workers} but {world_size} processes run"
                 )
-            yield Ranks(rank, world_size, device, dist.new_group(backend="gloo"))
+            control = dist.new_group(backend="gloo")
+            yield Ranks(rank, world_size, device, control, self._sequence_group(rank, device))
         finally:
             if made:
                 _leave()
+
+    def _sequence_group(self, rank: int, device: torch.device) -> dist.ProcessGroup | None:
+        """This worker's group; all workers make all groups together."""
+        size, own = self.config.sequence_parallel_size, None
+        if size == 1:
+            return None
+        for first in range(0, self.config.num_workers, size):
+            group = dist.new_group(list(range(first, first + size)), backend=backend_for(device))
+            if first <= rank < first + size:
+                own = group
+        return own
 
 
 def _leave() -> None:

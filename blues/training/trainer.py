@@ -51,6 +51,7 @@ from blues.training.engine import Engine
 from blues.training.observer import Event, Kind, Observer
 from blues.training.optim import AdamW, Cosine, Optimizer, Schedule
 from blues.training.parallel import Parallel, Precision, Ranks, arithmetic
+from blues.training.sequence_parallel import SequenceParallel
 from blues.training.specialization import SpecializationLog
 from blues.training.validation import Validation
 
@@ -112,18 +113,22 @@ class Trainer(cfg.Configurable):
             if self.gradient_clipping < 0:
                 raise ConfigError(f"gradient_clipping must be >= 0 (0 for none), got {self.gradient_clipping}")
             check_stages(self.context)
-            at_once = self.micro_batch_size * self.parallel.num_workers
+            at_once = self.micro_batch_size * self.parallel.data_parallel_size
             if self.global_batch_size % at_once:
+                sharing = self.parallel.sequence_parallel_size
+                workers = f"parallel.num_workers {self.parallel.num_workers}"
+                if sharing > 1:
+                    workers += f" / parallel.sequence_parallel_size {sharing}"
                 raise ConfigError(
                     f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                    f"{self.micro_batch_size} x parallel.num_workers {self.parallel.num_workers}; nearest that fits: "
+                    f"{self.micro_batch_size} x {workers}; nearest that fits: "
                     f"{max(1, round(self.global_batch_size / at_once)) * at_once}"
                 )
 
         @property
         def accumulation(self) -> int:
             """Forward passes per worker and update."""
-            return self.global_batch_size // (self.micro_batch_size * self.parallel.num_workers)
+            return self.global_batch_size // (self.micro_batch_size * self.parallel.data_parallel_size)
 
     config: Config
 
@@ -152,14 +157,16 @@ class Trainer(cfg.Configurable):
             CheckpointError: the newest checkpoint has other shapes or was trained on other data.
         """
         with self.config.parallel.build().join() as ranks:
-            return _Loop(self, ranks).run()
+            sequence = SequenceParallel(self.model, ranks)
+            with sequence.shared():
+                return _Loop(self, ranks, sequence).run()
 
 
 class _Loop:
     """One stretch of training on one worker."""
 
-    def __init__(self, trainer: Trainer, ranks: Ranks) -> None:
-        self.config, self.ranks = trainer.config, ranks
+    def __init__(self, trainer: Trainer, ranks: Ranks, sequence: SequenceParallel) -> None:
+        self.config, self.ranks, self.sequence = trainer.config, ranks, sequence
         self.run_dir, self.tree, self.observer = trainer.run_dir, trainer.tree, trainer.observer
         self.data, model = trainer.train_data, trainer.model
         self.model = model
@@ -189,7 +196,7 @@ class _Loop:
         self.validation = None
         if trainer.validation_data is not None and config.validation_samples:
             samples, size = config.validation_samples, config.micro_batch_size
-            self.validation = Validation(trainer.validation_data, samples, size, ranks)
+            self.validation = Validation(trainer.validation_data, samples, size, ranks, sequence)
         self.experts = None
         if layers := mixtures(self.model):
             sizes = [moe.router.num_experts for _, moe in layers]
@@ -245,12 +252,14 @@ class _Loop:
 
     def _index_lists(self, start: int) -> Iterator[list[int]]:
         """The sample indices of each of this worker's micro batches from update `start` on. Read in another thread."""
+        for step in range(start, self.config.steps):
+            for micro_step in range(self.config.accumulation):
+                yield self._indices(step, micro_step)
+
+    def _indices(self, step: int, micro_step: int) -> list[int]:
         config, ranks = self.config, self.ranks
-        for step in range(start, config.steps):
-            for micro_step in range(config.accumulation):
-                yield rank_indices(
-                    step, micro_step, ranks.rank, ranks.world_size, config.micro_batch_size, config.global_batch_size
-                )
+        place = ranks.data_rank, ranks.data_world_size
+        return rank_indices(step, micro_step, *place, config.micro_batch_size, config.global_batch_size)
 
     def _update(self, micro_batches: Iterator[Batch]) -> None:
         """One step; its figures are those of its own global batch, so a resumed run logs what an unbroken one does."""
@@ -268,7 +277,8 @@ class _Loop:
 
         def micro_batch(index: int) -> Tensor:
             torch.manual_seed(noise_seed(self.config.seed, self.step, index, self.ranks.rank))
-            batch = self.curriculum.cut(next(micro_batches), self.step - 1).to(self.ranks.device)
+            batch = self.curriculum.cut(next(micro_batches), self.step - 1)
+            batch = self.sequence.part(batch).to(self.ranks.device)
             output = self._forward(
                 batch,
                 num_targets=num_targets,
@@ -315,7 +325,7 @@ class _Loop:
         def route(batch: Batch) -> Any:
             return self.engine(batch.inputs, documents=batch.documents, languages=batch.languages)
 
-        with self._off_the_clock():
+        with self._off_the_clock(), self.sequence.whole():
             self.engine.train(False)
             metrics, path = self.specialization.report(self.step, route)
             self.engine.train(True)
@@ -410,11 +420,7 @@ class _Loop:
 
     def _prime(self, checkpoint: Checkpoint | None) -> None:
         """Check the flow of gradients, which also makes the optimizer's state, and fill that from the checkpoint."""
-        config = self.config
-        indices = rank_indices(
-            0, 0, self.ranks.rank, self.ranks.world_size, config.micro_batch_size, config.global_batch_size
-        )
-        batch = self.data.batch(indices)
+        batch = self.sequence.part(self.data.batch(self._indices(0, 0)))
         self.engine.require_gradients(lambda: self._forward(batch).losses.total)
         if checkpoint is None:
             self.engine.set_step(0)

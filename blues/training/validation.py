@@ -19,6 +19,7 @@ from blues.data.mixture.batches import Batch, Mixture
 from blues.data.mixture.packing import IGNORED
 from blues.model.transformer import ModelOutput
 from blues.training.parallel import Ranks
+from blues.training.sequence_parallel import SequenceParallel
 
 MAX_EXPONENT = 700.0
 """exp of more overflows a float64; such a perplexity is reported as infinite."""
@@ -27,8 +28,10 @@ MAX_EXPONENT = 700.0
 class Validation:
     """The validation set of one worker, read once and kept in memory."""
 
-    def __init__(self, data: Mixture, num_samples: int, micro_batch_size: int, ranks: Ranks) -> None:
-        """Takes `num_samples` samples, or one epoch if the split is smaller."""
+    def __init__(
+        self, data: Mixture, num_samples: int, micro_batch_size: int, ranks: Ranks, sequence: SequenceParallel
+    ) -> None:
+        """Takes `num_samples` samples, or one epoch if the split is smaller; of shared ones this worker's slices."""
         self.ranks, self.source_names = ranks, list(data.source_names)
         self.num_samples = min(num_samples, data.num_samples_per_epoch)
         by_source: dict[int, list[int]] = defaultdict(list)
@@ -40,11 +43,13 @@ class Validation:
             for start in range(0, len(indices), micro_batch_size)
         ]
         # Every worker runs equally many forward passes, as ZeRO-3 fetches weights together; a spare one counts nothing.
-        rounds = math.ceil(len(micro_batches) / ranks.world_size)
-        mine = [micro_batches[i] for i in range(ranks.rank, len(micro_batches), ranks.world_size)]
-        self.batches: list[tuple[int, Batch, float]] = [(source, data.batch(ids), 1.0) for source, ids in mine]
+        rounds = math.ceil(len(micro_batches) / ranks.data_world_size)
+        mine = [micro_batches[i] for i in range(ranks.data_rank, len(micro_batches), ranks.data_world_size)]
+        self.batches: list[tuple[int, Batch, float]] = [
+            (source, sequence.part(data.batch(ids)), 1.0) for source, ids in mine
+        ]
         spare = micro_batches[0]
-        self.batches += [(spare[0], data.batch(spare[1]), 0.0)] * (rounds - len(mine))
+        self.batches += [(spare[0], sequence.part(data.batch(spare[1])), 0.0)] * (rounds - len(mine))
 
     def run(self, forward: Callable[[Batch], ModelOutput]) -> dict[str, float]:
         """Metrics, given the model's output for a batch and its targets: the mean cross-entropy (nats per target that

@@ -191,7 +191,7 @@ def test_the_hot_path_never_waits_for_the_device():
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_step_compiles_whole_and_agrees(gradient_checkpointing):
-    """With checkpointing this once failed by 64%: see `_keep_decisions` in blues/model/transformer.py."""
+    """With checkpointing this once failed by 64%: see `keep_decisions` in blues/model/recompute.py."""
     config = blues01(num_layers=2, vocab_size=4096, gradient_checkpointing=gradient_checkpointing)
     plain, plain_grads, model = model_step(config, torch.bfloat16)
     exact, exact_grads, _ = model_step(config.override({"moe.dispatch": "naive"}), torch.float32, model.state_dict())

@@ -230,6 +230,30 @@ def _dense_mask(pattern: AttentionPattern, places: Places, num_heads: int) -> Te
     return mask_BHTS[:, 0] if mask_BHTS.shape[1] == 1 else mask_BHTS
 
 
+class SequenceSplit(Protocol):
+    """How several workers share a sequence, each with a slice of its tokens (`blues.training.sequence_parallel`)."""
+
+    def make_views(
+        self,
+        layers: Sequence[tuple[RotaryEmbedding | None, AttentionPattern]],
+        *,
+        length: int,
+        device: torch.device,
+        past: int | None = None,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        tree: TokenTree | None = None,
+        num_heads: int = 1,
+        block_masks: BlockMasks | None = None,
+    ) -> list[View]:
+        """As the function `make_views`, for what the layers of a slice need."""
+        ...
+
+    def sum_counts(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Each of these tensors, added up over the slices."""
+        ...
+
+
 class Attention(nn.Module, cfg.Configurable):
     """Grouped- or multi-query attention with rotary positions and optional QK-norm."""
 

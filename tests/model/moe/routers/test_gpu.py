@@ -65,7 +65,7 @@ def step_on_device(model):
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if Router.variants[name].empty_slots])
 def test_thresholds_are_kept_through_compiled_recomputation(variant):
-    """A second computation that rounds differently must not open another expert, see `_keep_decisions`."""
+    """A second computation that rounds differently must not open another expert, see `keep_decisions`."""
     config = config_of(variant, gradient_checkpointing=True, **{"moe.dispatch": "grouped_mm"})
     model = config.build(seed=0).to(CUDA, torch.bfloat16)
     _, plain = step(model)
