@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128
-"""Queries and keys of a block, as FlexAttention's kernels have them."""
+from blues.kernels.attention.blocks import BLOCK, MaskMod, from_blocks
+
 ENTRIES = 2**25
 """Entries of a mask that are looked at together."""
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def build_block_mask(
@@ -43,14 +41,7 @@ def build_block_mask(
         whole.append(
             _blocks_of_queries(F.pad(_blocks_of_keys(mask_BHTS, keys, any_of=False), (0, 0, 0, ragged)), False)
         )
-    some_BHNM, whole_BHNM = torch.cat(some, dim=2), torch.cat(whole, dim=2)
-    return BlockMask.from_kv_blocks(
-        *_listed(some_BHNM & ~whole_BHNM),
-        *_listed(whole_BHNM),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(queries, keys),
-    )
+    return from_blocks(torch.cat(some, dim=2), torch.cat(whole, dim=2), mask_mod, queries, keys)
 
 
 def _blocks_of_keys(mask_BHTS: Tensor, keys: int, *, any_of: bool) -> Tensor:
@@ -62,9 +53,3 @@ def _blocks_of_keys(mask_BHTS: Tensor, keys: int, *, any_of: bool) -> Tensor:
 def _blocks_of_queries(blocks_BHTM: Tensor, any_of: bool) -> Tensor:
     blocks_BHNQM = blocks_BHTM.unflatten(2, (-1, BLOCK))
     return blocks_BHNQM.any(dim=3) if any_of else blocks_BHNQM.all(dim=3)
-
-
-def _listed(blocks_BHNM: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and their numbers, those first."""
-    order_BHNM = blocks_BHNM.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks_BHNM.sum(dim=-1).int(), order_BHNM.int().contiguous()
