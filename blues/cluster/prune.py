@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blues import config as cfg
 from blues.cluster import run_folder
 from blues.cluster.train import run_training
@@ -44,7 +42,7 @@ from blues.model.moe.pruning.recipe import counts, describe
 from blues.model.transformer import Transformer
 from blues.table import align
 from blues.tracking.pruning_plots import pruning_figure
-from blues.training.checkpoint import MODEL, RECORD, latest_checkpoint, state_key, write_checkpoint
+from blues.training.checkpoint import MODEL, RECORD, latest_checkpoint, write_first_checkpoint
 
 RECIPE, REPORT, FIGURE = "recipe.yaml", "report.json", "pruning.png"
 Say = Callable[[str], None]
@@ -305,20 +303,14 @@ def _losses(
 
 def _write_start(folder: Path, experiment: Experiment, pruned: Transformer) -> None:
     """Step 0 of the pruned run: its weights, and an optimizer that has seen nothing."""
-    names = experiment.training.optimizer.build().state_names
     data: Mixture = experiment.data.build(split="train")
-    parameters = dict(pruned.named_parameters())
-    fresh = {
-        state_key(n, kind): torch.zeros(p.shape, dtype=torch.float32) for n, p in parameters.items() for kind in names
-    }
-    write_checkpoint(
+    write_first_checkpoint(
         folder,
-        step=0,
-        tokens=0,
+        model_state={name: tensor.cpu().contiguous() for name, tensor in pruned.state_dict().items()},
+        shapes={name: parameter.shape for name, parameter in pruned.named_parameters()},
+        state_names=experiment.training.optimizer.build().state_names,
         data_fingerprint=data.fingerprint_until(0),
         tree=cfg.dump(experiment),
-        model_state={name: tensor.cpu().contiguous() for name, tensor in pruned.state_dict().items()},
-        optimizer_state=fresh,
         details={"pruned": True},
     )
 

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,38 @@ def write_checkpoint(
     os.rename(temporary, folder)
     _synchronize(folder.parent)
     return folder
+
+
+def write_first_checkpoint(
+    run_dir: Path,
+    *,
+    model_state: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    state_names: Sequence[str],
+    data_fingerprint: str,
+    tree: Mapping[str, Any],
+    details: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint of step 0 of a run that begins with given weights, and an optimizer that has seen nothing.
+
+    Args:
+        shapes: of the trained parameters by name. state_names: the optimizer's, see `Optimizer.state_names`.
+        data_fingerprint: of none of the run's samples (`Mixture.fingerprint_until(0)`).
+    """
+    return write_checkpoint(
+        run_dir,
+        step=0,
+        tokens=0,
+        data_fingerprint=data_fingerprint,
+        tree=tree,
+        model_state=model_state,
+        optimizer_state={
+            state_key(name, kind): torch.zeros(shape, dtype=torch.float32)
+            for name, shape in shapes.items()
+            for kind in state_names
+        },
+        details=details,
+    )
 
 
 def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:

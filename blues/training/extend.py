@@ -33,7 +33,7 @@ from blues.model.rope import (
 )
 from blues.model.rope.extension import Extended, Scaled
 from blues.model.transformer import Transformer
-from blues.training.checkpoint import Checkpoint, state_key, write_checkpoint
+from blues.training.checkpoint import Checkpoint, write_first_checkpoint
 from blues.training.optim import Optimizer
 
 NONE = "none"
@@ -163,18 +163,12 @@ def write_start(
     with torch.device("meta"):
         built = model.build()
     source.check_shapes(built, tree)
-    kinds = optimizer.build().state_names
-    return write_checkpoint(
+    return write_first_checkpoint(
         run_dir,
-        step=0,
-        tokens=0,
+        model_state=source.load_model_state(),
+        shapes={name: parameter.shape for name, parameter in built.named_parameters()},
+        state_names=optimizer.build().state_names,
         data_fingerprint=data_fingerprint,
         tree=tree,
-        model_state=source.load_model_state(),
-        optimizer_state={
-            state_key(name, kind): torch.zeros(parameter.shape)
-            for name, parameter in built.named_parameters()
-            for kind in kinds
-        },
         details={"extended_from": {"path": str(source.path.resolve()), "step": source.step, "tokens": source.tokens}},
     )
