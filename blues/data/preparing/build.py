@@ -98,8 +98,22 @@ class Build:
         self.request = self._request()
         open_growing(self.partial, self.request)
         found = ((number, TaskResult.read(self.partial, number)) for number in range(len(self.tasks)))
-        self.results: dict[int, TaskResult] = {number: result for number, result in found if result is not None}
+        self.results: dict[int, TaskResult] = {}
+        self._sums: Counter[str] = Counter()  # over the results: to add them up at every report grows with the square
+        for number, result in found:
+            if result is not None:
+                self._take(number, result)
         self.resumed = frozenset(self.results)
+        self.bytes, self.bytes_resumed = sum(self.weights), self._sums["bytes"]
+
+    def _take(self, number: int, result: TaskResult) -> None:
+        """Take up a result. A task that is done again, across another border, comes to the same sums."""
+        if number not in self.results:
+            self._sums["bytes"] += self.weights[number]
+            self._sums["documents"] += result.documents
+            self._sums["tokens"] += result.tokens
+            self._sums["rejected"] += sum(result.rejected.values())
+        self.results[number] = result
 
     def _unchanged(self) -> np.ndarray:
         """Which files' documents are in the dataset already, read in the same way from the same bytes: bool[files]."""
@@ -159,7 +173,7 @@ class Build:
                 f"task {number} was done elsewhere and its files are not at {str(self.partial)!r}; source and "
                 "output must lie on a file system that every machine of the cluster sees"
             )
-        self.results[number] = result
+        self._take(number, result)
 
     def _request(self) -> dict[str, Any]:
         """What is being made of what, and in which form: what another Blues left half done is not gone on with."""
@@ -212,9 +226,8 @@ class Build:
         for task, (low, high) in extremes.items():
             if {chunk.split for chunk in self.results[task].chunks} != {self.split.of(low), self.split.of(high)}:
                 self._discard(task)
-                self.results[task] = run_task(
-                    self.partial, task, self.plan.root, self.tasks[task], tokenizer, self.recipe
-                )
+                redone = run_task(self.partial, task, self.plan.root, self.tasks[task], tokenizer, self.recipe)
+                self._take(task, redone)
         return True
 
     def _discard(self, task: int) -> None:
@@ -370,13 +383,13 @@ class Build:
         return Progress(
             tasks=len(self.tasks),
             tasks_done=len(self.results),
-            bytes=sum(self.weights),
-            bytes_done=sum(self.weights[number] for number in self.results),
-            documents=sum(result.documents for result in self.results.values()),
-            tokens=sum(result.tokens for result in self.results.values()),
-            rejected=sum(sum(result.rejected.values()) for result in self.results.values()),
+            bytes=self.bytes,
+            bytes_done=self._sums["bytes"],
+            documents=self._sums["documents"],
+            tokens=self._sums["tokens"],
+            rejected=self._sums["rejected"],
             resumed=len(self.resumed),
-            bytes_resumed=sum(self.weights[number] for number in self.resumed),
+            bytes_resumed=self.bytes_resumed,
             reused_files=self.kept,
             seconds=time.monotonic() - self.began,
         )
